@@ -1,0 +1,138 @@
+"""Causal softmax attention for the hybrid models: grouped heads, sliding window, rotary positions, a cache.
+
+Padded tokens do not exist: positions and windows count a row's real tokens, those of a document from its beginning.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mom_jax.config import ModelConfig
+from mom_jax.layers import einsum, normal_param
+from mom_jax.sharding import constrain
+
+
+class AttentionState(NamedTuple):
+    """Keys and values of earlier tokens. With a window the cache is a ring of that size; otherwise it holds ``max_length``.
+
+    Attributes:
+      k, v: [B, cache, G, K], keys already rotated.
+      position: int32 [B, cache], the token's place among the row's real tokens; -1: empty.
+      document: int32 [B, cache].
+      count: int32 [B], real tokens so far.
+    """
+
+    k: Float[Array, "B cache G K"]
+    v: Float[Array, "B cache G K"]
+    position: Int[Array, "B cache"]
+    document: Int[Array, "B cache"]
+    count: Int[Array, "B"]
+
+
+def rotate(x: Float[Array, "B T H K"], position: Int[Array, "B T"], theta: float) -> Float[Array, "B T H K"]:
+    """Rotary position embedding on halves of the head (arXiv 2104.09864, as in GPT-NeoX), in float32."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """softmax(q k^T / sqrt(K)) v over the earlier real tokens of the same document (arXiv 1706.03762)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        attention = config.attention
+        d, h = config.hidden_size, attention.num_heads
+        self.num_kv_heads = attention.num_kv_heads or h
+        self.head_width = d // h
+        self.attention_q = normal_param(rngs, config, d, h, self.head_width)
+        self.attention_k = normal_param(rngs, config, d, self.num_kv_heads, self.head_width)
+        self.attention_v = normal_param(rngs, config, d, self.num_kv_heads, self.head_width)
+        self.attention_o = normal_param(rngs, config, h, self.head_width, d)
+
+    def init_state(self, batch_size: int, max_length: int) -> AttentionState:
+        """An empty cache for ``max_length`` tokens, or for the window."""
+        size = self.config.attention.window_size or max_length
+        shape = (batch_size, size, self.num_kv_heads, self.head_width)
+        return AttentionState(
+            k=jnp.zeros(shape, self.config.dtype),
+            v=jnp.zeros(shape, self.config.dtype),
+            position=jnp.full((batch_size, size), -1, jnp.int32),
+            document=jnp.full((batch_size, size), -1, jnp.int32),
+            count=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"] | None,
+        documents: Int[Array, "B T"] | None,
+        state: AttentionState | None,
+    ) -> tuple[Float[Array, "B T D"], None, AttentionState | None]:
+        """See :meth:`mom_jax.memory.MixtureOfMemories.__call__`; there is no routing to return.
+
+        Tokens beyond the end of a cache without a window come out as NaN: nothing is forgotten silently.
+        """
+        config, attention = self.config, self.config.attention
+        batch, num_tokens = x.shape[:2]
+        real = jnp.ones((batch, num_tokens), bool) if mask is None else mask
+        position = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+        if state is not None:
+            position = position + state.count[:, None]
+        q = einsum("btd,dhk->bthk", x, self.attention_q[...], dtype=config.dtype)
+        k = einsum("btd,dgk->btgk", x, self.attention_k[...], dtype=config.dtype)
+        v = einsum("btd,dgk->btgk", x, self.attention_v[...], dtype=config.dtype)
+        # Only differences of positions matter, so that counting through document borders changes nothing.
+        q, k = (rotate(a, position, attention.rope_theta) for a in (q, k))
+
+        if state is None and mask is None and documents is None:
+            window = attention.window_size
+            o = jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, local_window_size=None if window is None else (window - 1, 0)
+            )  # fmt: skip
+            return self._project(o), None, None
+
+        documents = jnp.zeros((batch, num_tokens), jnp.int32) if documents is None else documents
+        new = AttentionState(k, v, jnp.where(real, position, -1), documents, jnp.sum(real, axis=1, dtype=jnp.int32))
+        seen = new
+        if state is not None:
+            after = _write(state, new)
+            # A ring overwrites what the first tokens of a long piece still see: then old and new stand side by side.
+            overwrites = attention.window_size is not None and num_tokens > 1
+            seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state[:4], new[:4]) if overwrites else after
+            seen = AttentionState(*seen[:4], count=new.count)
+        distance = position[:, :, None] - seen.position[:, None, :]
+        visible = (seen.position[:, None, :] >= 0) & (distance >= 0)
+        visible &= documents[:, :, None] == seen.document[:, None, :]
+        if attention.window_size is not None:
+            visible &= distance < attention.window_size
+        visible |= ~real[..., None]  # padded tokens attend to anything, so that no softmax is empty
+        o = jax.nn.dot_product_attention(q, seen.k, seen.v, mask=visible[:, None])
+        if state is None:
+            return self._project(o), None, None
+        if attention.window_size is None:
+            o = jnp.where((real & (position >= state.k.shape[1]))[..., None, None], jnp.nan, o)
+        return self._project(o), None, after
+
+    def _project(self, o):
+        return constrain(einsum("bthk,hkd->btd", o, self.attention_o[...], dtype=self.config.dtype), "btd")
+
+
+def _write(state: AttentionState, new: AttentionState) -> AttentionState:
+    """Puts the piece's real tokens into the cache, each at its position modulo the size; of a long piece the last ones."""
+    size = state.k.shape[1]
+    count = state.count + new.count
+    is_kept = (new.position >= 0) & (new.position >= count[:, None] - size)
+    slots = jnp.where(is_kept, new.position % size, size)  # size: dropped
+
+    def row(old, new, slots):
+        return old.at[slots].set(new.astype(old.dtype), mode="drop")
+
+    written = (jax.vmap(row)(old, fresh, slots) for old, fresh in zip(state[:4], new[:4], strict=True))
+    return AttentionState(*written, count=count)

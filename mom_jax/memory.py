@@ -1,0 +1,206 @@
+"""Mixture of memories: route, dispatch, project, run the op, combine (arXiv 2502.13685, section 3)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from mom_jax.config import ModelConfig
+from mom_jax.layers import (
+    convolution_history,
+    einsum,
+    normal_param,
+    ones_param,
+    rms_norm,
+    short_convolution,
+    short_convolution_step,
+)
+from mom_jax.routing import Dispatch, Router, Routing
+from mom_jax.sharding import constrain
+from mom_jax.update_rules import UPDATE_RULES
+from pallas_kernels.api import SEGMENT_ALIGNMENT
+
+
+class MemoryState(NamedTuple):
+    """What a MoM layer carries from piece to piece; its size does not depend on the number of tokens.
+
+    Attributes:
+      recurrent: the update rule's pytree, float32 [B, M', ...]; M' counts the shared memory, which is the last.
+      history: {stream: [B, M', W-1, H, width]}, the last inputs of each memory's short convolution.
+      document: int32 [B, M'], the document of each memory's last token; -1 for a memory that no token has reached.
+    """
+
+    recurrent: Any
+    history: dict[str, jax.Array]
+    document: Int[Array, "B M"]
+
+
+class MixtureOfMemories(nnx.Module):
+    """The token mixer: each token reads and writes its R memories and the shared one::
+
+        o_t = sum over chosen m of w_t[m] (S^m)^T q_t^m + shared       y_t = W_o (RMSNorm_head(o_t) * silu(x_t W_g))
+
+    Short inputs (fewer tokens than the segment alignment; decoding) update the chosen memories token by token; longer ones
+    are dispatched to slots. Both are the same function.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d, h, k, v = config.hidden_size, config.num_heads, config.head_dim, config.value_head_dim
+        self.router = Router(config, rngs=rngs)
+        self.rule = UPDATE_RULES[config.update_rule](config, rngs=rngs)
+        # The uniform initialisation of a depthwise convolution over W taps.
+        bound = config.conv_size**-0.5
+        for stream, width in (("q", k), ("k", k), ("v", v)):
+            shape = (config.conv_size, h, width)
+            weight = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+            setattr(self, f"conv_{stream}", nnx.Param(weight))
+            if config.conv_bias:
+                setattr(self, f"conv_{stream}_bias", nnx.Param(jnp.zeros((h, width))))
+        if config.use_output_gate:
+            self.w_g = normal_param(rngs, config, d, h, v)
+        self.out_norm = ones_param(v)
+        self.w_o = normal_param(rngs, config, h, v, d)
+
+    @property
+    def num_memories(self) -> int:
+        """M', the shared memory counted."""
+        return self.config.num_memories + self.config.shared_memory
+
+    def init_state(self, batch_size: int) -> MemoryState:
+        """Empty memories."""
+        config, count = self.config, self.num_memories
+        leading = (batch_size, count, config.conv_size - 1, config.num_heads)
+        widths = {"q": config.head_dim, "k": config.head_dim, "v": config.value_head_dim}
+        return MemoryState(
+            recurrent=self.rule.init_state(batch_size, count),
+            history={stream: jnp.zeros((*leading, width), config.dtype) for stream, width in widths.items()},
+            document=jnp.full((batch_size, count), -1, jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"] | None,
+        documents: Int[Array, "B T"] | None,
+        state: MemoryState | None,
+    ) -> tuple[Float[Array, "B T D"], Routing, MemoryState | None]:
+        """Mixes the tokens of a piece.
+
+        Args:
+          mask: False for padded tokens, which are routed nowhere; None: all are real.
+          documents: document of each token, non-decreasing along a row; None: one document.
+          state: the state before the piece; None: empty memories, and no state is returned.
+
+        Returns:
+          y, the routing, and the state after the piece.
+        """
+        routing = self.router(x, mask)
+        if x.shape[1] < SEGMENT_ALIGNMENT:
+            o, new_state = self._step_through(x, routing, mask, documents, state)
+        else:
+            o, new_state = self._run_dispatched(x, routing, mask, documents, state)
+        o = rms_norm(constrain(o, "bthv"), self.out_norm[...], self.config.norm_eps)
+        if self.config.use_output_gate:
+            o = o * jax.nn.silu(einsum("btd,dhv->bthv", x, self.w_g[...], dtype=self.config.dtype))
+        y = einsum("bthv,hvd->btd", o, self.w_o[...], dtype=self.config.dtype)
+        return constrain(y, "btd"), routing, None if state is None else new_state
+
+    def _convolution(self, stream: str) -> tuple[jax.Array, jax.Array | None]:
+        bias = getattr(self, f"conv_{stream}_bias")[...] if self.config.conv_bias else None
+        return getattr(self, f"conv_{stream}")[...], bias
+
+    def _run_dispatched(self, x, routing, mask, documents, state):
+        dispatch = Dispatch.of(routing.memories, mask, self.num_memories, self.config.shared_memory)
+        segments = dispatch.segments
+        run_ids = None if documents is None else dispatch.integers_to_slots(documents)
+        streams = {name: dispatch.to_slots(stream) for name, stream in self.rule.token_streams(x).items()}
+        if not self.config.single_kv_proj:
+            streams |= self.rule.slot_streams(constrain(dispatch.to_slots(x), "bnd"), segments)
+        gates = self.rule.gates(x, routing.memories)
+        gates = {name: dispatch.choices_to_slots(gate) for name, gate in gates.items()}
+
+        if state is not None:
+            state, document = _enter(state, segments, run_ids)
+        convolved = {
+            name: short_convolution(
+                stream, *self._convolution(name), segments, run_ids, None if state is None else state.history[name]
+            )
+            for name, stream in streams.items()
+        }
+        recurrent = None if state is None else state.recurrent
+        o, recurrent = self.rule.run(convolved, gates, segments, run_ids, recurrent)
+        o = o * dispatch.choices_to_slots(routing.weights).astype(o.dtype)[..., None, None]
+        if state is not None:
+            history = {
+                name: convolution_history(stream, segments, run_ids, state.history[name])
+                for name, stream in streams.items()
+            }
+            state = MemoryState(recurrent, history, document)
+        return dispatch.to_tokens(o), state
+
+    def _step_through(self, x, routing, mask, documents, state):
+        batch, num_tokens = x.shape[:2]
+        memories = routing.memories
+        shape = memories.shape
+        streams = {
+            name: jnp.broadcast_to(stream[:, :, None], shape + stream.shape[2:])
+            for name, stream in self.rule.token_streams(x).items()
+        } | self.rule.chosen_streams(x, memories)
+        gates = self.rule.gates(x, memories)
+        real = jnp.ones((batch, num_tokens), bool) if mask is None else mask
+        documents = jnp.zeros((batch, num_tokens), jnp.int32) if documents is None else documents
+
+        def step(state: MemoryState, token):
+            """One token of one row; arrays of ``token`` have a leading R'."""
+            streams, gates, memories, weights, real, document = token
+            old = jax.tree.map(lambda s: s[memories], state)
+            continues = old.document == document
+            entered = jax.tree.map(
+                lambda s: jnp.where(continues.reshape((-1,) + (1,) * (s.ndim - 1)), s, 0), (old.recurrent, old.history)
+            )
+            convolved, history = {}, {}
+            for name, stream in streams.items():
+                convolved[name], history[name] = short_convolution_step(
+                    stream, *self._convolution(name), entered[1][name]
+                )  # fmt: skip
+            o, recurrent = self.rule.step(convolved, gates, entered[0])
+            new = MemoryState(recurrent, history, jnp.full_like(old.document, document))
+            state = jax.tree.map(
+                lambda s, new, old: s.at[memories].set(jnp.where(real, new, old), unique_indices=True), state, new, old
+            )
+            o = jnp.sum(o.astype(jnp.float32) * weights[:, None, None], axis=0).astype(o.dtype)
+            return state, jnp.where(real, o, 0)
+
+        # Over tokens in sequence, over rows at once.
+        tokens = (streams, gates, memories, routing.weights, real, documents)
+        tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens)
+        before = self.init_state(batch) if state is None else state
+        after, o = lax.scan(jax.vmap(step), before, tokens)
+        return jnp.moveaxis(o, 0, 1), after
+
+
+def _enter(state: MemoryState, segments, run_ids) -> tuple[MemoryState, jax.Array]:
+    """The state as the piece's tokens find it, and the document of each memory after the piece.
+
+    A memory whose last token was of an older document than the first that it gets now begins afresh: it must not answer
+    from the older one, however many documents ago that was.
+    """
+
+    def document_at(slot):
+        slot = jnp.clip(slot, 0, run_ids.shape[1] - 1)
+        return jnp.take_along_axis(run_ids, slot, axis=1)
+
+    starts, is_reached = segments.offsets[:, :-1], segments.lengths > 0
+    if run_ids is None:
+        run_ids = jnp.zeros((starts.shape[0], 1), jnp.int32)
+    continues = ~is_reached | (state.document == document_at(starts))
+    document = jnp.where(is_reached, document_at(starts + segments.lengths - 1), state.document)
+
+    def keep(s):
+        return jnp.where(continues.reshape(continues.shape + (1,) * (s.ndim - 2)), s, 0)
+
+    return jax.tree.map(keep, state)._replace(document=document), document

@@ -1,0 +1,123 @@
+"""Gated DeltaNet (arXiv 2412.06464), the update rule of the official MoM layer."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mom_jax.config import ModelConfig
+from mom_jax.layers import einsum, l2_norm, normal_param
+from pallas_kernels import api
+from pallas_kernels.api import Segments
+
+Streams = dict[str, jax.Array]
+
+
+class GatedDelta(nnx.Module):
+    """The projections and gates of every memory, and the gated delta rule::
+
+        q = l2norm(x W_q)    k = l2norm(x W_k^m)    v = x W_v^m         each after the short convolution
+        log a = -exp(A_log) softplus(x W_a^m + dt_bias)    b = sigmoid(x W_b^m)
+        S <- a S + b k (v - a S^T k)^T                     o = K^-1/2 S^T q
+
+    W_q, A_log and dt_bias serve all memories; with ``single_kv_proj`` so do the shared memory's k, v, a and b. *Streams* go
+    through the short convolution: {"q", "k": [..., H, K], "v": [..., H, V]}; *gates* do not:
+    {"log_decay", "beta": float32 [..., H]}. The state of a memory is one float32 matrix a head, [H, K, V].
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d, h, m = config.hidden_size, config.num_heads, config.num_memories
+        k, v = config.head_dim, config.value_head_dim
+        self.w_q = normal_param(rngs, config, d, h, k)
+        if not config.single_kv_proj:
+            self.w_k = normal_param(rngs, config, m, d, h, k)
+            self.w_v = normal_param(rngs, config, m, d, h, v)
+            self.w_a = normal_param(rngs, config, m, d, h)
+            self.w_b = normal_param(rngs, config, m, d, h)
+        if config.shared_memory or config.single_kv_proj:
+            self.shared_k = normal_param(rngs, config, d, h, k)
+            self.shared_v = normal_param(rngs, config, d, h, v)
+            self.shared_a = normal_param(rngs, config, d, h)
+            self.shared_b = normal_param(rngs, config, d, h)
+        # A uniform in (0, 16), and decays whose time scales are log-uniform: dt from 0.001 to 0.1 after the softplus.
+        tiny = jnp.finfo(jnp.float32).tiny
+        self.a_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (h,), minval=tiny, maxval=16.0)))
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (h,), minval=math.log(0.001), maxval=math.log(0.1)))
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
+
+    def _stacked(self, name: str) -> jax.Array:
+        """The weights of all memories, the shared one last; with ``single_kv_proj`` a stack of one."""
+        stack = [] if self.config.single_kv_proj else [getattr(self, f"w_{name}")[...]]
+        if self.config.shared_memory or self.config.single_kv_proj:
+            stack.append(getattr(self, f"shared_{name}")[...][None])
+        return jnp.concatenate(stack)
+
+    def token_streams(self, x: Float[Array, "B T D"]) -> Streams:
+        """What does not depend on the memory, once a token."""
+        dtype = self.config.dtype
+        streams = {"q": einsum("btd,dhk->bthk", x, self.w_q[...], dtype=dtype)}
+        if self.config.single_kv_proj:
+            streams["k"] = einsum("btd,dhk->bthk", x, self.shared_k[...], dtype=dtype)
+            streams["v"] = einsum("btd,dhv->bthv", x, self.shared_v[...], dtype=dtype)
+        return streams
+
+    def slot_streams(self, x: Float[Array, "B N D"], segments: Segments) -> Streams:
+        """What depends on the memory, for the tokens in each memory's slots: one grouped matmul for k and v."""
+        if self.config.single_kv_proj:
+            return {}
+        w = jnp.concatenate([self._stacked("k"), self._stacked("v")], axis=-1).astype(x.dtype)
+        kv = api.grouped_matmul(
+            x, w.reshape(w.shape[:2] + (-1,)), segments, implementation=self.config.implementation
+        )  # fmt: skip
+        kv = kv.reshape(x.shape[:2] + w.shape[2:])
+        return {"k": kv[..., : self.config.head_dim], "v": kv[..., self.config.head_dim :]}
+
+    def chosen_streams(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
+        """What depends on the memory, for each token in each of its memories, [B, T, R, H, ...]: for short inputs.
+
+        All memories are multiplied, which reads each weight once, and the chosen ones kept.
+        """
+        dtype = self.config.dtype
+        if self.config.single_kv_proj:
+            return {}
+
+        def choose(y):
+            return jnp.take_along_axis(y, memories[..., None, None], axis=2)
+
+        k = choose(einsum("btd,mdhk->btmhk", x, self._stacked("k"), dtype=dtype))
+        return {"k": k, "v": choose(einsum("btd,mdhv->btmhv", x, self._stacked("v"), dtype=dtype))}
+
+    def gates(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
+        """The gates of each token in each of its memories, [B, T, R, H]: one dense matmul for all memories."""
+        w = jnp.stack([self._stacked("a"), self._stacked("b")])  # [2, M', D, H]
+        raw = einsum("btd,gmdh->btgmh", x, w, dtype=self.config.dtype).astype(jnp.float32)
+        log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(raw[:, :, 0] + self.dt_bias[...])
+        gates = {"log_decay": log_decay, "beta": jax.nn.sigmoid(raw[:, :, 1])}
+        if self.config.single_kv_proj:
+            return {name: jnp.broadcast_to(g, memories.shape + g.shape[3:]) for name, g in gates.items()}
+        chosen = (memories[..., None] == jnp.arange(w.shape[1]))[..., None]  # [B, T, R, M', 1]
+        # A masked sum instead of a gather: its gradient is no scatter.
+        return {name: jnp.sum(jnp.where(chosen, g[:, :, None], 0), axis=3) for name, g in gates.items()}
+
+    def run(self, streams: Streams, gates: Streams, segments: Segments, run_ids, state) -> tuple[jax.Array, jax.Array]:
+        """The op over slots; streams and gates are [B, N, ...]. Returns outputs [B, N, H, V] and the final state."""
+        return api.gated_delta_rule(
+            l2_norm(streams["q"]), l2_norm(streams["k"]), streams["v"], gates["log_decay"], gates["beta"],
+            segments=segments, run_ids=run_ids, initial_state=state, implementation=self.config.implementation,
+        )  # fmt: skip
+
+    def step(self, streams: Streams, gates: Streams, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One token into some memories; arrays have any leading axes. Returns outputs [..., H, V] and the new state."""
+        q = l2_norm(streams["q"]).astype(jnp.float32) * self.config.head_dim**-0.5
+        state, o = api.delta_step(state, q, l2_norm(streams["k"]), streams["v"], gates["log_decay"], gates["beta"])
+        return o.astype(streams["v"].dtype), state
+
+    def init_state(self, *leading: int) -> jax.Array:
+        """The empty state, float32 [*leading, H, K, V]."""
+        config = self.config
+        return jnp.zeros((*leading, config.num_heads, config.head_dim, config.value_head_dim), jnp.float32)
+
+

@@ -1,0 +1,201 @@
+"""The public sequence ops: one signature, one validation and one dispatch loop for every implementation."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import chunked, reference
+from pallas_kernels.reference import delta_step
+from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
+
+__all__ = ["SEGMENT_ALIGNMENT", "Segments", "delta_step", "gated_delta_rule", "grouped_matmul", "linear_attention"]
+
+# In the order in which None tries them.
+IMPLEMENTATIONS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}
+PLANNED = ("triton", "mosaic_tpu")
+
+
+def unsupported_reason(op: str, implementation: str) -> str | None:
+    """Why ``implementation`` cannot run ``op``; None if it can."""
+    if implementation in PLANNED:
+        return f"the {implementation} implementation of {op} is not written yet"
+    if implementation not in IMPLEMENTATIONS:
+        return f"there is no such implementation; choose one of {', '.join(IMPLEMENTATIONS)} or None"
+    return None
+
+
+def _choose(op: str, implementation: str | None) -> Callable:
+    """The function that runs ``op``: the named one, or the first that can.
+
+    Raises:
+      ValueError: the name is unknown. NotImplementedError: the named one cannot run this call.
+    """
+    names = list(IMPLEMENTATIONS) if implementation is None else [implementation]
+    reasons = {name: unsupported_reason(op, name) for name in names}
+    for name, reason in reasons.items():
+        if reason is None:
+            return getattr(IMPLEMENTATIONS[name], op)
+    error = NotImplementedError if implementation in PLANNED or implementation is None else ValueError
+    raise error(f"{op}: implementation = {implementation!r}: {'; '.join(map(str, reasons.values()))}")
+
+
+def _check(op: str, condition: bool, name: str, value, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{op}: {name} is {value}; {allowed}")
+
+
+def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale, implementation, interpret):
+    """Validates, fills in defaults, pads to the alignment, runs and cuts the padding off again."""
+    _check(op, q.ndim == 4, "the shape of q", q.shape, "it must be [B, N, H, K]")
+    batch, num_slots, heads, key_width = q.shape
+    _check(op, k.shape == q.shape, "the shape of k", k.shape, f"it must be that of q, {q.shape}")
+    _check(op, v.shape[:3] == q.shape[:3] and v.ndim == 4, "the shape of v", v.shape, f"it must be {q.shape[:3]} + [V]")
+    value_width = v.shape[3]
+    power_of_two = key_width & (key_width - 1) == 0
+    _check(op, power_of_two and key_width <= 256, "K", key_width, "it must be a power of two up to 256")
+    _check(op, value_width % 16 == 0 and 0 < value_width <= 1280, "V", value_width, "a multiple of 16 up to 1280")
+    _check(op, num_slots > 0, "N", num_slots, "there must be at least one slot")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        allowed = x.dtype in (jnp.float32, jnp.bfloat16, jnp.float64)
+        _check(op, allowed and x.dtype == v.dtype, f"the dtype of {name}", x.dtype, "q, k, v: float32 or bfloat16, alike")
+    if log_decay is not None:
+        shapes = (q.shape[:3], q.shape)
+        _check(op, log_decay.shape in shapes, "the shape of log_decay", log_decay.shape, f"one of {shapes}")
+    for gate in gates:
+        _check(op, gate.shape == q.shape[:3], "the shape of beta", gate.shape, f"it must be {q.shape[:3]}")
+    if run_ids is not None:
+        _check(op, run_ids.shape == q.shape[:2], "the shape of run_ids", run_ids.shape, f"it must be {q.shape[:2]}")
+    segments = _check_segments(op, segments, batch, num_slots)
+    state_shape = (batch, segments.num_segments, heads, key_width, value_width)
+    if initial_state is None:
+        initial_state = jnp.zeros(state_shape, jnp.float32)
+    shape = initial_state.shape
+    _check(op, shape == state_shape, "the shape of initial_state", shape, f"it must be [B, S, H, K, V] = {state_shape}")
+
+    run = _choose(op, implementation)
+    pad = -num_slots % SEGMENT_ALIGNMENT
+    padded = [None if x is None else _pad_slots(x, pad) for x in (q, k, v, log_decay, *gates, run_ids)]
+    o, final_state = run(
+        *padded[:-1],
+        segments=segments,
+        run_ids=padded[-1],
+        initial_state=initial_state.astype(jnp.float32),
+        scale=key_width**-0.5 if scale is None else scale,
+        **({"interpret": interpret} if implementation in PLANNED else {}),
+    )
+    return o[:, :num_slots], final_state
+
+
+def _pad_slots(x, pad):
+    return jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
+
+
+def _check_segments(op: str, segments: Segments | None, batch: int, num_slots: int) -> Segments:
+    if segments is None:
+        return Segments.full(batch, num_slots)
+    slots = f"N = {num_slots}"
+    _check(op, num_slots % SEGMENT_ALIGNMENT == 0, "N", num_slots, f"with segments a multiple of {SEGMENT_ALIGNMENT}")
+    count = segments.num_segments
+    shapes = (segments.offsets.shape, segments.lengths.shape)
+    _check(op, shapes == ((batch, count + 1), (batch, count)), "the shape of segments", shapes, "[B, S+1] and [B, S]")
+    if not isinstance(segments.offsets, jax.core.Tracer) and not isinstance(segments.lengths, jax.core.Tracer):
+        offsets, lengths = jax.device_get(segments)
+        owned = offsets[:, 1:] - offsets[:, :-1]
+        aligned = not (offsets % SEGMENT_ALIGNMENT).any() and (offsets[:, 0] >= 0).all() and (owned >= 0).all()
+        allowed = f"ascending multiples of {SEGMENT_ALIGNMENT} up to {slots}"
+        _check(op, bool(aligned and (offsets <= num_slots).all()), "segments.offsets", offsets.tolist(), allowed)
+        fits = bool((lengths >= 0).all() and (lengths <= owned).all())
+        _check(op, fits, "segments.lengths", lengths.tolist(), "from 0 to the slots that the segment owns")
+    return segments
+
+
+def gated_delta_rule(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B N H K"],
+    v: Float[Array, "B N H V"],
+    log_decay: Float[Array, "B N H"] | Float[Array, "B N H K"] | None,
+    beta: Float[Array, "B N H"],
+    *,
+    segments: Segments | None = None,
+    run_ids: Int[Array, "B N"] | None = None,
+    initial_state: Float[Array, "B S H K V"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N H V"], Float[Array, "B S H K V"]]:
+    """The gated delta rule (arXiv 2412.06464, eq. 10; without decay the delta rule, arXiv 2406.06484)::
+
+        S_t = a_t S_{t-1} + b_t k_t (v_t - (a_t S_{t-1})^T k_t)^T          o_t = scale * S_t^T q_t
+
+    Args:
+      q, k: queries and keys; K is a power of two up to 256. Keys are expected with norm at most 1.
+      v: values; V is a multiple of 16 up to 1280.
+      log_decay: log a_t <= 0, a head or a key; None: a_t = 1.
+      beta: b_t, in [0, 1].
+      segments: ragged segments, each with its own state; dead slots are masked here. None: one full segment a row.
+      run_ids: non-decreasing in a segment's real slots; the state restarts from zero where they change. The initial state
+        belongs to the run of the segment's first token.
+      initial_state: float32 states before each segment; None: zeros.
+      scale: factor of q; None: K^-1/2.
+      implementation: "reference", "chunked" or None (the first that supports the call).
+      interpret: run Pallas kernels in the interpreter.
+
+    Returns:
+      o, of v's dtype, zero in dead slots; and the final states, float32 (of a segment's last run).
+
+    Raises:
+      ValueError: a shape, dtype or segment is not allowed. NotImplementedError: the named implementation cannot run this.
+    """
+    return _run(
+        "gated_delta_rule", q, k, v, log_decay, (beta,), segments, run_ids, initial_state, scale, implementation, interpret
+    )  # fmt: skip
+
+
+def linear_attention(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B N H K"],
+    v: Float[Array, "B N H V"],
+    log_decay: Float[Array, "B N H"] | Float[Array, "B N H K"] | None = None,
+    *,
+    segments: Segments | None = None,
+    run_ids: Int[Array, "B N"] | None = None,
+    initial_state: Float[Array, "B S H K V"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N H V"], Float[Array, "B S H K V"]]:
+    """Linear attention (arXiv 2006.16236) with no decay, a decay a head (RetNet, Mamba-2) or a key (GLA, arXiv 2312.06635)::
+
+        S_t = Diag(a_t) S_{t-1} + k_t v_t^T          o_t = scale * S_t^T q_t
+
+    Arguments, results and errors are those of :func:`gated_delta_rule`, without ``beta``.
+    """
+    return _run(
+        "linear_attention", q, k, v, log_decay, (), segments, run_ids, initial_state, scale, implementation, interpret
+    )  # fmt: skip
+
+
+def grouped_matmul(
+    x: Float[Array, "B N D"],
+    w: Float[Array, "S D E"],
+    segments: Segments,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "B N E"]:
+    """Multiplies the slots of segment s by ``w[s]``: y_n = x_n w[segment of n], zero in dead slots.
+
+    Args:
+      x: slots; N is a multiple of the alignment.
+      w: a matrix for every segment, of x's dtype; products are accumulated in float32.
+      segments: at most S segments a row.
+
+    Returns:
+      y, of x's dtype.
+    """
+    shapes_fit = x.ndim == w.ndim == 3 and x.shape[2] == w.shape[1] and w.shape[0] == segments.num_segments
+    _check("grouped_matmul", shapes_fit, "the shapes of x and w", (x.shape, w.shape), "[B, N, D] and [S, D, E]")
+    segments = _check_segments("grouped_matmul", segments, *x.shape[:2])
+    return _choose("grouped_matmul", implementation)(x, w, segments=segments)

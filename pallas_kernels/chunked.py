@@ -1,0 +1,266 @@
+"""Chunk-parallel ops in plain JAX: any backend, differentiable, memory linear in the number of slots.
+
+The gated delta rule over a chunk of C slots, with g the cumulative log-decay in the chunk and S the state before it
+(arXiv 2406.06484 section 3, with decay arXiv 2412.06464 section 3.3)::
+
+    A_ij = b_i sum_c k_ic k_jc exp(g_ic - g_jc)   for j < i           T = (I + A)^-1
+    u = T (b v)                w = T (b k exp(g))                     stage 1: prepare
+    n = u - w S                S <- exp(g_C) S + (k exp(g_C - g))^T n stage 2: propagate_states
+    o = (q exp(g)) S + P n,    P_ij = sum_c q_ic k_jc exp(g_ic - g_jc) for j <= i      stage 3: read
+
+Linear attention is the same with n = v. A run border inside a chunk cuts scores between runs, the carried state's part in
+``w``, ``o`` and the new state, and what earlier runs would add to the new state: masks, never a huge negative decay.
+
+Names: the chunk axis is ``n``, its slots ``i`` and ``j``; arrays are [B, chunks, H, C, width].
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.segments import Segments, where_real
+
+CHUNK = 64  # divides SEGMENT_ALIGNMENT, so that a chunk lies in one segment
+BLOCK = 16  # side of the blocks in which a per-key decay is applied pairwise
+
+
+def _einsum(equation: str, a: jax.Array, b: jax.Array, dtype) -> jax.Array:
+    """Einsum with operands in ``dtype``, accumulated in float32."""
+    return jnp.einsum(
+        equation,
+        a.astype(dtype),
+        b.astype(dtype),
+        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Chunks(NamedTuple):
+    """How the chunks of each row hang together.
+
+    Attributes:
+      segment: int32 [B, chunks], the segment that owns the chunk.
+      first: bool [B, chunks], whether the chunk is its segment's first.
+      run: int32 [B, chunks, C], how many runs begin in the chunk up to and including the slot; None without runs.
+    """
+
+    segment: jax.Array
+    first: jax.Array
+    run: jax.Array | None
+
+    @classmethod
+    def of(cls, segments: Segments, run_ids: jax.Array | None, num_slots: int) -> "Chunks":
+        run = None
+        if run_ids is not None:
+            begins = segments.starts_run(run_ids).reshape(run_ids.shape[0], -1, CHUNK)
+            run = jnp.cumsum(begins, axis=-1, dtype=jnp.int32)
+        return cls(segments.segment_of(num_slots)[:, ::CHUNK], segments.rank(num_slots)[:, ::CHUNK] == 0, run)
+
+    def causal(self, strict: bool) -> jax.Array:
+        """bool [B, chunks, 1, C, C] (or its last two axes): slot i may see slot j."""
+        mask = jnp.tri(CHUNK, k=-1 if strict else 0, dtype=bool)
+        return mask if self.run is None else mask & (self.run[..., :, None] == self.run[..., None, :])[:, :, None]
+
+    def keep(self, x: jax.Array, what: str) -> jax.Array:
+        """``x`` [B, chunks, H, C, width] zeroed where the carried state ends ('carry') or later runs begin ('tail')."""
+        if self.run is None:
+            return x
+        kept = self.run == 0 if what == "carry" else self.run == self.run[..., -1:]
+        return jnp.where(kept[:, :, None, :, None], x, 0)
+
+    def survives(self, decay: jax.Array) -> jax.Array:
+        """``decay`` [B, chunks, H, width] of the carried state, zero where a run begins in the chunk."""
+        return decay if self.run is None else jnp.where(self.run[:, :, -1][..., None, None] == 0, decay, 0)
+
+
+@jax.custom_vjp
+def unit_lower_inverse(a: jax.Array) -> jax.Array:
+    """(I + A)^-1 for strictly lower triangular A, float32 [..., C, C], by merging inverses of blocks of 1, 2, 4 ... rows.
+
+    With X the inverse of the block diagonal and N the blocks below it that the next larger blocks take in, the merged
+    inverse is X - X N X: forward substitution in log2(C) steps. Unlike products of powers of A it does not cancel for
+    repeated keys.
+    """
+    size = a.shape[-1]
+    row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape)
+    block = 1
+    while block < size:
+        merged = (row // (2 * block) == column // (2 * block)) & (row // block != column // block)
+        below = jnp.where(merged, a, 0)
+        if block > 1:
+            below = jnp.matmul(jnp.matmul(inverse, below, precision="highest"), inverse, precision="highest")
+        inverse = inverse - below
+        block *= 2
+    return inverse
+
+
+def _inverse_forward(a):
+    inverse = unit_lower_inverse(a)
+    return inverse, inverse
+
+
+def _inverse_backward(inverse, cotangent):
+    transposed = inverse.mT
+    grad = -jnp.matmul(jnp.matmul(transposed, cotangent, precision="highest"), transposed, precision="highest")
+    return (jnp.where(jnp.tri(inverse.shape[-1], k=-1, dtype=bool), grad, 0),)
+
+
+unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
+
+
+def decayed_scores(a: jax.Array, b: jax.Array, g: jax.Array | None, mask: jax.Array, dtype) -> jax.Array:
+    """P_ij = sum_c a_ic b_jc exp(g_ic - g_jc) where ``mask``, else 0; float32 [B, chunks, H, C, C].
+
+    Args:
+      a, b: [B, chunks, H, C, K].
+      g: cumulative log-decay, float32 [B, chunks, H, C, 1] a head or [B, chunks, H, C, K] a key; None: no decay.
+      mask: bool [..., C, C], lower triangular.
+    """
+    if g is None or g.shape[-1] == 1:
+        scores = _einsum("bnhik,bnhjk->bnhij", a, b, dtype)
+        if g is not None:
+            difference = jnp.where(mask, g - g.mT, 0)  # masked before exp: above the diagonal it would overflow
+            scores = scores * jnp.exp(difference)
+        return jnp.where(mask, scores, 0)
+
+    # A decay a key cannot be taken out of the sum as a factor of i times a factor of j (one of the two overflows for
+    # strong decays), unless both are taken relative to a point between i and j: block row I uses the decay up to its
+    # beginning for all blocks before it; inside a diagonal block the differences themselves are formed.
+    def blocks(x):
+        return x.reshape(x.shape[:3] + (CHUNK // BLOCK, BLOCK, x.shape[-1]))
+
+    a_block, b_block, g_block = blocks(a.astype(jnp.float32)), blocks(b.astype(jnp.float32)), blocks(g)
+    reference = jnp.concatenate([jnp.zeros_like(g_block[:, :, :, :1, 0]), g_block[:, :, :, :-1, -1]], axis=3)
+    before = (jnp.arange(CHUNK)[None, :] < BLOCK * jnp.arange(CHUNK // BLOCK)[:, None])[..., None]
+    late = jnp.where(before, reference[:, :, :, :, None] - g[:, :, :, None], 0)
+    a_late = a_block * jnp.exp(g_block - reference[:, :, :, :, None])
+    b_early = jnp.where(before, b[:, :, :, None] * jnp.exp(late), 0)
+    scores = _einsum("bnhzik,bnhzjk->bnhzij", a_late, b_early, dtype).reshape(a.shape[:4] + (CHUNK,))
+
+    lower = jnp.tri(BLOCK, dtype=bool)[:, :, None]
+    pairwise = jnp.where(lower, g_block[..., :, None, :] - g_block[..., None, :, :], 0)
+    diagonal = jnp.sum(a_block[..., :, None, :] * b_block[..., None, :, :] * jnp.exp(pairwise), axis=-1)
+    same = jnp.eye(CHUNK // BLOCK, dtype=scores.dtype)
+    diagonal = jnp.einsum("bnhzij,zy->bnhziyj", diagonal, same).reshape(scores.shape)
+    return jnp.where(mask, scores + diagonal, 0)
+
+
+def prepare(k, v, g, beta, chunks: Chunks, dtype) -> tuple[jax.Array, jax.Array]:
+    """Stage 1: ``u`` [B, chunks, H, C, V] and ``w`` [B, chunks, H, C, K], each chunk by itself."""
+    inverse = unit_lower_inverse(beta * decayed_scores(k, k, g, chunks.causal(strict=True), dtype))
+    u = _einsum("bnhij,bnhjv->bnhiv", inverse, beta * v, dtype)
+    decayed_k = beta * k if g is None else beta * k * jnp.exp(g)
+    w = _einsum("bnhij,bnhjk->bnhik", inverse, chunks.keep(decayed_k, "carry"), dtype)
+    return u, w
+
+
+def propagate_states(k, u, w, g, chunks: Chunks, segments: Segments, initial_state, dtype):
+    """Stage 2: hands each segment's state from chunk to chunk.
+
+    Returns:
+      new values n [B, chunks, H, C, V], states before each chunk [B, chunks, H, K, V] and final states [B, S, H, K, V].
+    """
+    if g is None:
+        k_tail, decay = k, jnp.ones(k.shape[:3] + (1,), jnp.float32)
+    else:
+        k_tail, decay = k * jnp.exp(g[..., -1:, :] - g), jnp.exp(g[..., -1, :])
+    k_tail, decay = chunks.keep(k_tail, "tail"), chunks.survives(decay)
+
+    def one_row(initial_state, k_tail, u, w, decay, segment, first):
+        def chunk(state, xs):
+            k_tail, u, w, decay, segment, first = xs
+            state = jnp.where(first, initial_state[segment], state)
+            new = u if w is None else u - _einsum("hik,hkv->hiv", w, state, dtype)
+            state = decay[..., None] * state + _einsum("hik,hiv->hkv", k_tail, new, dtype)
+            return state, (new.astype(dtype), state)
+
+        _, (new, after) = lax.scan(
+            chunk, jnp.zeros_like(initial_state[0]), (k_tail, u, w, decay, segment, first)
+        )  # fmt: skip
+        shifted = jnp.roll(after, 1, axis=0)
+        return new, jnp.where(first[:, None, None, None], initial_state[segment], shifted), after
+
+    new, before, after = jax.vmap(one_row)(initial_state, k_tail, u, w, decay, chunks.segment, chunks.first)
+    last = jnp.maximum(segments.offsets[:, 1:] // CHUNK - 1, 0)
+    final = jnp.take_along_axis(after, last[..., None, None, None], axis=1)
+    owns_slots = segments.offsets[:, 1:] > segments.offsets[:, :-1]
+    return new, before, jnp.where(owns_slots[..., None, None, None], final, initial_state)
+
+
+def read(q, k, new, g, before, chunks: Chunks, dtype) -> jax.Array:
+    """Stage 3: outputs [B, chunks, H, C, V], float32."""
+    decayed_q = chunks.keep(q if g is None else q * jnp.exp(g), "carry")
+    scores = decayed_scores(q, k, g, chunks.causal(strict=False), dtype)
+    carried = _einsum("bnhik,bnhkv->bnhiv", decayed_q, before, dtype)
+    return carried + _einsum("bnhij,bnhjv->bnhiv", scores, new, dtype)
+
+
+def gated_delta_rule(q, k, v, log_decay, beta, *, segments, run_ids, initial_state, scale):
+    """See :func:`pallas_kernels.api.gated_delta_rule`; ``beta`` None is linear attention."""
+    batch, num_slots = q.shape[:2]
+    dtype = v.dtype
+    real = segments.is_real(num_slots)
+
+    def by_chunk(x):
+        """[B, N, H, width] -> float32 [B, chunks, H, C, width], zero in dead slots."""
+        x = where_real(real, x).astype(jnp.float32)
+        return jnp.moveaxis(x.reshape((batch, -1, CHUNK) + x.shape[2:]), 2, 3)
+
+    q, k, v = by_chunk(q) * scale, by_chunk(k), by_chunk(v)
+    g = None
+    if log_decay is not None:
+        per_key = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+        g = jnp.cumsum(by_chunk(per_key), axis=-2)
+    chunks = Chunks.of(segments, run_ids, num_slots)
+    u, w = (v, None) if beta is None else prepare(k, v, g, by_chunk(beta[..., None]), chunks, dtype)
+    new, before, final = propagate_states(k, u, w, g, chunks, segments, initial_state, dtype)
+    o = read(q, k, new, g, before, chunks, dtype)
+    o = jnp.moveaxis(o, 3, 2).reshape((batch, num_slots) + o.shape[2:3] + o.shape[-1:])
+    return where_real(real, o).astype(dtype), final
+
+
+def linear_attention(q, k, v, log_decay, *, segments, run_ids, initial_state, scale):
+    """See :func:`pallas_kernels.api.linear_attention`."""
+    return gated_delta_rule(
+        q, k, v, log_decay, None, segments=segments, run_ids=run_ids, initial_state=initial_state, scale=scale
+    )
+
+
+@jax.custom_vjp
+def _chunk_matmul(x, w, segment):
+    """y[n, b] = x[n, b] @ w[segment[n, b]]: x [chunks, B, C, D], w [S, D, E], segment [chunks, B]."""
+    return lax.map(lambda xs: _einsum("bcd,bde->bce", xs[0], w[xs[1]], x.dtype).astype(x.dtype), (x, segment))
+
+
+def _chunk_matmul_forward(x, w, segment):
+    return _chunk_matmul(x, w, segment), (x, w, segment)
+
+
+def _chunk_matmul_backward(residuals, dy):
+    x, w, segment = residuals
+
+    def chunk(dw, xs):
+        x, dy, segment = xs
+        dx = _einsum("bce,bde->bcd", dy, w[segment], x.dtype).astype(x.dtype)
+        return dw.at[segment].add(_einsum("bcd,bce->bde", x, dy, x.dtype)), dx
+
+    dw, dx = lax.scan(chunk, jnp.zeros(w.shape, jnp.float32), (x, dy, segment))
+    return dx, dw.astype(w.dtype), None
+
+
+_chunk_matmul.defvjp(_chunk_matmul_forward, _chunk_matmul_backward)
+
+
+def grouped_matmul(x, w, *, segments):
+    """See :func:`pallas_kernels.api.grouped_matmul`.
+
+    Maps over chunks, all rows at once: no more arithmetic than is useful, and rows stay where their shard is.
+    """
+    batch, num_slots, width = x.shape
+    real = segments.is_real(num_slots)
+    chunks = jnp.moveaxis(where_real(real, x).reshape(batch, -1, CHUNK, width), 1, 0)
+    y = _chunk_matmul(chunks, w, segments.segment_of(num_slots)[:, ::CHUNK].T)
+    return jnp.moveaxis(y, 0, 1).reshape(batch, num_slots, -1)
