@@ -102,7 +102,7 @@ class Attention(nnx.Module):
         new = AttentionState(k, v, jnp.where(real, position, -1), documents, jnp.sum(real, axis=1, dtype=jnp.int32))
         seen = new
         if state is not None:
-            after = _write(state, new)
+            after = _write(state, new, is_ring=attention.window_size is not None)
             # A ring overwrites what the first tokens of a long piece still see: then old and new stand side by side.
             overwrites = attention.window_size is not None and num_tokens > 1
             seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state[:4], new[:4]) if overwrites else after
@@ -124,12 +124,15 @@ class Attention(nnx.Module):
         return constrain(einsum("bthk,hkd->btd", o, self.attention_o[...], dtype=self.config.dtype), "btd")
 
 
-def _write(state: AttentionState, new: AttentionState) -> AttentionState:
-    """Puts the piece's real tokens into the cache, each at its position modulo the size; of a long piece the last ones."""
+def _write(state: AttentionState, new: AttentionState, is_ring: bool) -> AttentionState:
+    """Puts the piece's real tokens into the cache, each at its position; in a ring modulo its size, the last ones staying."""
     size = state.k.shape[1]
     count = state.count + new.count
-    is_kept = (new.position >= 0) & (new.position >= count[:, None] - size)
-    slots = jnp.where(is_kept, new.position % size, size)  # size: dropped
+    is_kept, slots = new.position >= 0, new.position
+    if is_ring:
+        is_kept &= new.position >= count[:, None] - size
+        slots = slots % size
+    slots = jnp.where(is_kept, slots, size)  # from size on: dropped
 
     def row(old, new, slots):
         return old.at[slots].set(new.astype(old.dtype), mode="drop")

@@ -135,7 +135,7 @@ class ModelConfig:
         )  # fmt: skip
         width = self.head_dim * self.expand_v
         require(
-            width == int(width) and 0 < width <= MAX_VALUE_HEAD_DIM and width % 16 == 0,
+            0 < width <= MAX_VALUE_HEAD_DIM and width % 16 == 0,
             "ModelConfig.expand_v", self.expand_v,
             f"head_dim * expand_v = {width:g} must be a multiple of 16 from 16 to {MAX_VALUE_HEAD_DIM}",
         )  # fmt: skip
@@ -310,8 +310,8 @@ class TrainConfig:
     """Steps between records in metrics.jsonl and TensorBoard."""
     eval_every: int = 200
     """Steps between held-out evaluations; the last step is always evaluated."""
-    eval_batches: int = 16
-    """Batches in a held-out evaluation."""
+    eval_batches: int | None = None
+    """Batches in a held-out evaluation; None: the whole held-out file."""
     checkpoint_every: int = 200
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
@@ -321,11 +321,11 @@ class TrainConfig:
 
     def __post_init__(self):
         _require_positive(
-            self, "steps", "accumulation", "loss_chunk", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-            "keep_last",
-        )  # fmt: skip
-        if self.stop_after is not None:
-            _require_positive(self, "stop_after")
+            self, "steps", "accumulation", "loss_chunk", "log_every", "eval_every", "checkpoint_every", "keep_last"
+        )
+        for name in ("stop_after", "eval_batches"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
         _require_one_of(self, "schedule", ("cosine", "wsd"))
         _require_not_negative(self, "learning_rate", "weight_decay", "warmup_steps", "keep_best")
         require(

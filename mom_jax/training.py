@@ -1,0 +1,417 @@
+"""Loss, optimiser, train step, and the fit loop.
+
+The state of a run is one pure-dict tree: ``{"step", "params", "variables", "optimizer", "key"}``. A train step is a pure
+function of the state and a batch, compiled once a run, with the state donated.
+"""
+
+import itertools
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from mom_jax.checkpoint import Checkpoints
+from mom_jax.config import ModelConfig, TrainConfig, require
+from mom_jax.model import MoMLanguageModel, bind, init_params
+from mom_jax.reports import ProgressBar, RunLog, plot_loss_curves, plot_routing
+from mom_jax.sharding import leaf_name, parameter_specs, shardings, use_mesh
+
+Batch = dict[str, jax.Array]
+State = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+# Settings that a resumed run may change: they decide when it stops and reports, not what it computes.
+FREE_SETTINGS = tuple(
+    f"train.{name}"
+    for name in ("stop_after", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last", "keep_best")
+)
+
+
+def cross_entropy(
+    model: MoMLanguageModel, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], chunk: int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums over the tokens with a target: of -log p(target), in nats, and of the right first guesses.
+
+    Works on ``chunk`` tokens of every row at a time, forward and backward, so that [B, T, O] never exists.
+
+    Args:
+      targets: ids, or -1 where there is no loss.
+    """
+    chunk = min(chunk, hidden.shape[1])
+    pad = -hidden.shape[1] % chunk
+    hidden = jnp.pad(hidden, [(0, 0), (0, pad), (0, 0)])
+    targets = jnp.pad(targets, [(0, 0), (0, pad)], constant_values=-1)
+
+    @jax.checkpoint
+    def piece(sums, xs):
+        hidden, targets = xs
+        logits = model.logits(hidden)
+        label = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        losses = jax.nn.logsumexp(logits, axis=-1) - label
+        hits = jnp.argmax(logits, axis=-1) == targets
+        loss, correct = sums
+        return (loss + jnp.sum(jnp.where(targets >= 0, losses, 0)), correct + jnp.sum(hits, dtype=jnp.float32)), None
+
+    def pieces(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    sums, _ = jax.lax.scan(piece, (jnp.zeros(()), jnp.zeros(())), (pieces(hidden), pieces(targets)))
+    return sums
+
+
+def loss_and_metrics(
+    model: MoMLanguageModel, batch: Batch, chunk: int, dropout_key: jax.Array | None = None
+) -> tuple[Float[Array, ""], Metrics]:
+    """The training loss: mean cross-entropy + balance_loss_scale * balance loss + router_z_loss_scale * z-loss.
+
+    Args:
+      batch: ``tokens`` and ``targets`` [B, T] and, for packed rows, ``document_ids`` and ``attention_mask``.
+
+    Returns:
+      The loss, and metrics: ``loss`` (the cross-entropy alone, nats a token), ``accuracy``, ``balance_loss``, ``z_loss``,
+      ``load`` [MoM layers, M].
+    """
+    config = model.config
+    out = model.hidden(
+        batch["tokens"], batch.get("attention_mask"), batch.get("document_ids"), dropout_key=dropout_key
+    )  # fmt: skip
+    nats, correct = cross_entropy(model, out.hidden, batch["targets"], chunk)
+    count = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1)
+    balance, z_loss = model.balance_loss(out.router), jnp.sum(out.router.z_loss) / max(1, out.router.z_loss.shape[0])
+    metrics = {
+        "loss": nats / count, "accuracy": correct / count, "balance_loss": balance, "z_loss": z_loss,
+        "load": out.router.load,
+    }  # fmt: skip
+    return nats / count + config.balance_loss_scale * balance + config.router_z_loss_scale * z_loss, metrics
+
+
+def has_weight_decay(name: str) -> bool:
+    """Whether the parameter of this (leaf) name is decayed: no norm, no bias, no A_log and no dt_bias is."""
+    return not (name.endswith(("norm", "bias")) or name == "a_log")
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """The rate of step s (from 0): linear warm-up, then cosine, or stable and a linear decay ("wsd", arXiv 2404.06395)."""
+    peak, final, warmup = config.learning_rate, config.learning_rate * config.final_learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(peak, config.steps - warmup, config.final_learning_rate)
+    else:
+        decay = max(1, min(round(config.steps * config.decay_fraction), config.steps - warmup))
+        rest = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [config.steps - warmup - decay]
+        )
+    if not warmup:
+        return rest
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), rest], [warmup])
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW (arXiv 1711.05101) with weight decay by parameter name."""
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: has_weight_decay(leaf_name(path)), params)
+
+    adamw = optax.adamw(
+        learning_rate_schedule(config), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed
+    )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def make_state(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> State:
+    """A fresh state; every array is born with its sharding. :func:`abstract_state` is the same without values."""
+    init = _init(model, train)
+    return jax.jit(init, out_shardings=_state_shardings(init, mesh))()
+
+
+def abstract_state(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state."""
+    init = _init(model, train)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(init), _state_shardings(init, mesh),
+    )  # fmt: skip
+
+
+def _init(model: ModelConfig, train: TrainConfig) -> Callable[[], State]:
+    def init():
+        key = jax.random.key(train.seed)
+        params, variables = init_params(model, key)
+        optimizer = make_optimizer(train).init(params)
+        return {
+            "step": jnp.zeros((), jnp.int32), "params": params, "variables": variables, "optimizer": optimizer,
+            "key": jax.random.fold_in(key, 1),
+        }  # fmt: skip
+
+    return init
+
+
+def _state_shardings(init, mesh):
+    return shardings(mesh, parameter_specs(jax.eval_shape(init)))
+
+
+def make_train_step(model: ModelConfig, train: TrainConfig) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The pure function (state, batch) -> (state, metrics) of one optimiser step, to be jitted with the state donated.
+
+    With ``accumulation`` A the batch is worked through in A pieces of interleaved rows; the cross-entropy's mean is that of
+    the whole batch, the balance loss the mean over the pieces. Metrics are those of :func:`loss_and_metrics` plus
+    ``grad_norm``, ``param_norm`` (after the step) and ``learning_rate``.
+    """
+    optimizer, schedule, pieces = make_optimizer(train), learning_rate_schedule(train), train.accumulation
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        params, variables = state["params"], state["variables"]
+        key = jax.random.fold_in(state["key"], state["step"])
+        total = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1)
+
+        def piece(carry, xs):
+            grads, metrics = carry
+            batch, index = xs
+            share = jnp.sum(batch["targets"] >= 0) / total  # of the whole batch's targets
+
+            def loss(params):
+                bound = bind(model, params, variables)
+                loss, metrics = loss_and_metrics(bound, batch, train.loss_chunk, jax.random.fold_in(key, index))
+                weighed = share * metrics["loss"] + (loss - metrics["loss"]) / pieces
+                weights = {name: share if name in ("loss", "accuracy") else 1 / pieces for name in metrics}
+                return weighed, {name: weights[name] * metric for name, metric in metrics.items()}
+
+            more, more_metrics = jax.grad(loss, has_aux=True)(params)
+            return jax.tree.map(jnp.add, (grads, metrics), (more, more_metrics)), None
+
+        batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), batch)
+        mom_layers = model.num_layers - len(model.attention.layers)
+        metrics = dict.fromkeys(("loss", "accuracy", "balance_loss", "z_loss"), jnp.zeros(()))
+        metrics["load"] = jnp.zeros((mom_layers, model.num_memories))
+        zeros = jax.tree.map(jnp.zeros_like, params), metrics
+        (grads, metrics), _ = jax.lax.scan(piece, zeros, (batches, jnp.arange(pieces)))
+
+        updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
+        params = optax.apply_updates(params, updates)
+        new = {
+            "step": state["step"] + 1,
+            "params": params,
+            "variables": _balance_biases(model, variables, metrics["load"]),
+            "optimizer": optimizer_state,
+            "key": state["key"],
+        }
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params),
+            "learning_rate": schedule(state["step"]),
+        }  # fmt: skip
+        return new, metrics
+
+    return step
+
+
+def _balance_biases(model: ModelConfig, variables, load: Float[Array, "L M"]):
+    """Loss-free balancing (arXiv 2408.15664, algorithm 1): each bias moves against its memory's excess load."""
+    if model.router_bias_rate == 0:
+        return variables
+    change = model.router_bias_rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+    runs, layer = {}, 0
+    for index, (kind, count) in enumerate(model.layer_runs):
+        if kind == "mom":
+            run = f"run_{index}"
+            runs[run] = jax.tree.map(
+                lambda bias, layer=layer, count=count: bias + change[layer : layer + count], variables["runs"][run]
+            )
+            layer += count
+    return {"runs": runs}
+
+
+def make_eval_step(model: ModelConfig, chunk: int) -> Callable[..., Metrics]:
+    """The pure function (params, variables, batch) -> sums over the batch: ``nats``, ``correct``, ``count``, and ``load``."""
+
+    def step(params, variables, batch: Batch) -> Metrics:
+        _, metrics = loss_and_metrics(bind(model, params, variables), batch, chunk)
+        count = jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
+        sums = {"nats": metrics["loss"], "correct": metrics["accuracy"], "load": metrics["load"]}
+        return {name: count * value for name, value in sums.items()} | {"count": count}
+
+    return step
+
+
+def evaluate(step: Callable[..., Metrics], state: State, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Mean ``loss`` (nats a token), ``perplexity``, ``accuracy`` and ``load`` [MoM layers, M] over the batches' targets."""
+    total: dict[str, Any] = {}
+    for batch in batches:
+        sums = step(state["params"], state["variables"], batch)
+        total = sums if not total else jax.tree.map(jnp.add, total, sums)
+    require(bool(total), "the number of evaluation batches", 0, "there must be at least one")
+    total = jax.device_get(total)
+    loss = float(total["nats"] / total["count"])
+    accuracy, load = float(total["correct"] / total["count"]), total["load"] / total["count"]
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy, "load": load}
+
+
+def place(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """The batch on the devices, its rows split over ``data``; each process gives its own rows."""
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT while it is entered, so that the loop can save and end; a second one ends at once."""
+
+    def __enter__(self):
+        self.name: str | None = None
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, _frame):
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_):
+        self._restore()
+
+
+def fit(
+    directory: str | Path,
+    model: ModelConfig,
+    train: TrainConfig,
+    mesh: Mesh,
+    train_data: grain.IterDataset,
+    valid_data: Callable[[], Iterable[dict[str, np.ndarray]]],
+    *,
+    run_config: dict[str, Any],
+    tokens_per_byte: float | None = None,
+    tensorboard: bool = True,
+) -> State:
+    """Trains, evaluates, saves and reports; continues exactly where the newest whole checkpoint in ``directory`` stands.
+
+    Writes ``checkpoints/``, ``metrics.jsonl``, TensorBoard events and, at the end, ``loss_curves.png`` and
+    ``routing.png``. SIGTERM and SIGINT save and end the run early.
+
+    Args:
+      train_data: endless batches; its iterator's state is saved with every checkpoint.
+      valid_data: gives the held-out batches afresh at each call.
+      run_config: the resolved configuration of the command, saved with every checkpoint.
+      tokens_per_byte: of the held-out text, for bits per byte; None: leave them out.
+
+    Raises:
+      ValueError: the checkpoint is of another configuration. FloatingPointError: a loss, a gradient or the parameters
+      after a step are not finite; the newest checkpoint is from before.
+    """
+    directory = Path(directory)
+    batches = iter(train_data)
+    with use_mesh(mesh), Checkpoints(
+        directory / "checkpoints", keep_last=train.keep_last, keep_best=train.keep_best
+    ) as checkpoints:  # fmt: skip
+        restored = checkpoints.restore(
+            abstract_state(model, train, mesh), config=run_config, data_iterator=batches, ignore=FREE_SETTINGS
+        )
+        done, state = restored or (0, make_state(model, train, mesh))
+        with RunLog(directory, done if restored else None, tensorboard) as log, _StopSignal() as stop:
+            loop = _Loop(model, train, mesh, valid_data, run_config, tokens_per_byte, checkpoints, log, batches)
+            state = loop.run(done, state, stop)
+    plot_loss_curves(directory)
+    if loop.load is not None and loop.load.size:
+        layers = [layer for layer in range(model.num_layers) if layer not in model.attention.layers]
+        plot_routing(loop.load, directory / "routing.png", layers=layers)
+    return state
+
+
+class _Loop:
+    """The fit loop, with what it needs at hand."""
+
+    def __init__(self, model, train, mesh, valid_data, run_config, tokens_per_byte, checkpoints, log, batches):
+        self.model, self.train, self.mesh, self.run_config = model, train, mesh, run_config
+        self.valid_data, self.tokens_per_byte = valid_data, tokens_per_byte
+        self.checkpoints, self.log, self.batches = checkpoints, log, batches
+        self.train_step = jax.jit(make_train_step(model, train), donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(model, train.loss_chunk))
+        self.load: np.ndarray | None = None
+
+    def run(self, done: int, state: State, stop: _StopSignal) -> State:
+        train = self.train
+        last = min(train.steps, train.stop_after or train.steps)
+        if done >= last:
+            print(f"nothing to do: the run already stands at step {done} of {last}", file=sys.stderr)
+            self.evaluate(done, state)
+            return state
+        bar, saved = None, done
+        try:
+            pending = None
+            for step in range(done + 1, last + 1):
+                batch = next(self.batches)
+                if bar is None:
+                    bar = ProgressBar(last, batch["tokens"].size * jax.process_count(), done)
+                state, metrics = self.train_step(state, place(batch, self.mesh))
+                # One step behind, so that the check of the loss does not hold the device up.
+                if pending is not None:
+                    self.report(*pending, bar)
+                pending = step, metrics
+                # Read once: a signal that comes during the evaluation or the save below ends the next step.
+                stopped_by = stop.name
+                is_last = step == last or stopped_by is not None
+                valid_loss = None
+                if is_last or step % train.eval_every == 0 or step % train.checkpoint_every == 0:
+                    self.report(*pending, bar)
+                    pending = None
+                if (step == last and stopped_by is None) or step % train.eval_every == 0:
+                    valid_loss = self.evaluate(step, state)
+                    bar.update(step, valid_loss=valid_loss)
+                if is_last or step % train.checkpoint_every == 0:
+                    self.save(step, state, valid_loss)
+                    saved = step
+                if pending is None:
+                    bar.restart_clock()
+                if stopped_by is not None:
+                    bar.write(f"{stopped_by}: saved step {step}; the same command continues from there")
+                    break
+        except FloatingPointError as error:
+            kept = f"the checkpoint of step {saved} is kept" if saved else "there was no checkpoint yet"
+            raise FloatingPointError(f"{error}; {kept}") from None
+        finally:
+            if bar is not None:
+                bar.close()
+        return state
+
+    def report(self, step: int, metrics: Metrics, bar: ProgressBar) -> None:
+        """Checks and records a finished step."""
+        metrics = jax.device_get(metrics)
+        for name in ("loss", "grad_norm", "param_norm"):
+            if not np.isfinite(metrics[name]):
+                raise FloatingPointError(f"step {step}: the {name} is {metrics[name]}")
+        bar.update(step, loss=float(metrics["loss"]))
+        if step % self.train.log_every == 0 or step == 1:
+            record = {name: value for name, value in metrics.items() if name != "load"}
+            memory = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
+            if "peak_bytes_in_use" in memory:
+                record["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+            speed = bar.tokens_per_second
+            self.log.write(step, "train", **record, **self.bits(metrics["loss"]), tokens_per_second=speed)
+
+    def bits(self, loss) -> dict[str, float]:
+        if self.tokens_per_byte is None:
+            return {}
+        return {"bits_per_byte": float(loss) * self.tokens_per_byte / math.log(2)}
+
+    def evaluate(self, step: int, state: State) -> float:
+        batches = itertools.islice(self.valid_data(), self.train.eval_batches)
+        result = evaluate(self.eval_step, state, (place(batch, self.mesh) for batch in batches))
+        self.load = result.pop("load")
+        self.log.write(step, "valid", **result, **self.bits(result["loss"]), load=self.load)
+        return result["loss"]
+
+    def save(self, step: int, state: State, held_out_loss: float | None) -> None:
+        self.checkpoints.save(
+            step, state, config=self.run_config, data_iterator=self.batches, held_out_loss=held_out_loss
+        )  # fmt: skip
+
+

@@ -1,0 +1,232 @@
+"""The experiments as commands: two steps of each, and runs of train_lm.py that are killed, stopped and resumed.
+
+A resumed run counts as exact when every loss in metrics.jsonl is, to the bit, that of a run which nobody disturbed.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mom_jax.checkpoint import load_params
+from mom_jax.reports import read_metrics
+from mom_jax.token_files import ByteTokenizer, TokenFileWriter
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+STEPS = 18
+WINDOWS = {
+    "model": {
+        "vocab_size": 257, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "head_dim": 16, "intermediate_size": 32,
+        "dtype": "float32",
+    },
+    "data": {"sequence_length": 70, "batch_size": 2},
+    "train": {
+        "steps": STEPS, "warmup_steps": 2, "learning_rate": 0.003, "log_every": 1, "eval_every": 6, "eval_batches": 2,
+        "checkpoint_every": 3,
+    },
+    "sample_tokens": 0, "tensorboard": False,
+}  # fmt: skip
+PACKED = {
+    "model": {"dtype": "bfloat16", "embedding_dropout": 0.1, "router_bias_rate": 0.01, "num_layers": 1},
+    "data": {"sequence_length": 48, "batch_size": 4, "packing": True},
+    "train": {"schedule": "wsd", "accumulation": 2},
+}
+
+
+def merge(values: dict, changes: dict) -> dict:
+    return values | {key: merge(values[key], x) if isinstance(x, dict) else x for key, x in changes.items()}
+
+
+class Workshop:
+    """A directory with prepared text, configuration files and a compilation cache, and the commands that use them."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.data = directory, directory / "data"
+        self.data.mkdir()
+        generator = random.Random(0)
+        for split, documents in (("train", 60), ("valid", 8)):
+            writer = TokenFileWriter(self.data / f"{split}.tokens", ByteTokenizer())
+            for _ in range(documents):
+                text = "".join(generator.choices("abcde ", k=generator.randrange(5, 120)))
+                writer.add(ByteTokenizer().encode(text), len(text))
+            writer.finish([])
+        for name, values in (("windows", WINDOWS), ("packed", merge(WINDOWS, PACKED))):
+            values = merge(values, {"data": {"path": str(self.data)}})
+            (directory / f"{name}.json").write_text(json.dumps(values))
+        self.environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "compilation_cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            "JAX_NUM_CPU_DEVICES": "1",
+        }
+        self.uninterrupted = cache(self.run_undisturbed)
+
+    def train(self, name: str, output: Path, *flags: str) -> list[str]:
+        """The command that trains by the file ``name``.json."""
+        config = str(self.directory / f"{name}.json")
+        return self.command("train_lm.py", "--config", config, "--output", str(output), *flags)
+
+    def command(self, script: str, *flags: str) -> list[str]:
+        return [sys.executable, str(EXPERIMENTS / script), *flags]
+
+    def run(self, command: list[str], status: int = 0) -> subprocess.CompletedProcess:
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert result.returncode == status, result.stderr
+        return result
+
+    def start(self, command: list[str]) -> subprocess.Popen:
+        return subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True)
+
+    def run_undisturbed(self, name: str) -> Path:
+        output = self.directory / f"{name}_undisturbed"
+        self.run(self.train(name, output))
+        return output
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def losses(directory: Path) -> dict[tuple[int, str], float]:
+    return {(record["step"], record["split"]): record["loss"] for record in read_metrics(directory)}
+
+
+def last_step(directory: Path) -> int:
+    return max((step for step, _ in losses(directory)), default=0)
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def assert_same_losses(directory: Path, expected: Path) -> None:
+    found, expected = losses(directory), losses(expected)
+    assert sorted(found) == sorted(expected)
+    assert {key: (found[key], expected[key]) for key in expected if found[key] != expected[key]} == {}
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("name", ["windows", "packed"])
+def test_a_killed_run_resumes_to_the_same_bits(workshop, tmp_path, name):
+    """SIGKILL at a random moment after the first checkpoint; the same command again."""
+    expected = workshop.uninterrupted(name)
+    command = workshop.train(name, tmp_path)
+    process = workshop.start(command)
+    wait_until((tmp_path / "checkpoints" / "3").exists, process)
+    time.sleep(random.uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert 3 <= last_step(tmp_path) < STEPS, "the run was not killed on its way"
+    workshop.run(command)
+    assert_same_losses(tmp_path, expected)
+
+
+def test_sigterm_saves_and_the_run_goes_on_exactly(workshop, tmp_path):
+    expected = workshop.uninterrupted("windows")
+    process = workshop.start(workshop.train("windows", tmp_path, "--train.checkpoint-every", "100"))
+    wait_until(lambda: last_step(tmp_path) >= 2, process)
+    process.terminate()
+    _, stderr = process.communicate()
+    assert process.returncode == 0
+    (step,) = re.findall(r"^SIGTERM: saved step (\d+); the same command continues from there$", stderr, re.MULTILINE)
+    assert 2 <= int(step) < STEPS
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
+    workshop.run(workshop.train("windows", tmp_path))
+    assert_same_losses(tmp_path, expected)
+
+
+# Refusals
+
+
+def assert_refused(result: subprocess.CompletedProcess, *lines: str) -> None:
+    """The last lines on stderr are these, and there is no traceback."""
+    assert result.stderr.splitlines()[-len(lines) :] == list(lines)
+    assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_of_another_config_is_refused(workshop):
+    output = workshop.uninterrupted("windows")
+    command = workshop.train("windows", output, "--train.learning-rate", "0.5", "--model.top-k", "1", "--train.log-every", "7")
+    assert_refused(
+        workshop.run(command, status=1),
+        f"train_lm.py: error: the config of {output / 'checkpoints' / str(STEPS)} differs:",
+        "  model.top_k: checkpoint 2, command 1",
+        "  train.learning_rate: checkpoint 0.003, command 0.5",
+    )
+
+
+def test_a_run_that_diverges_ends_with_the_step(workshop, tmp_path):
+    """A rate that is absurd from step 5 on (the warm-up's last) makes the parameters infinite: nothing bad is saved."""
+    flags = ["--train.learning-rate", "1e30", "--train.checkpoint-every", "1", "--train.stop-after", "4"]
+    (line,) = workshop.run(workshop.train("packed", tmp_path, *flags), status=1).stderr.splitlines()[-1:]
+    assert line == "train_lm.py: error: step 1: the param_norm is inf; there was no checkpoint yet"
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+# Every experiment
+
+TINY = ["--model.hidden-size", "32", "--model.num-layers", "1", "--model.num-heads", "1", "--model.head-dim", "16"]
+# For each script its flags, made of a workshop and the directory for what it writes, and the files it must write there.
+SCRIPTS = {
+    "prepare_text.py": (
+        lambda workshop, output: [
+            "--inputs", __file__, str(EXPERIMENTS / "cli.py"), "--include", "*.py", "--held-out", "cli.py",
+            "--tokenizer", "bytes", "--output", str(output / "data"),
+        ],
+        ["data/train.tokens", "data/valid.tokens"],
+    ),
+    "train_lm.py": (
+        lambda workshop, output: workshop.train(
+            "windows", output, "--train.stop-after", "2", "--tensorboard", "--sample-tokens", "3", "--sample-prompts", "", "ab"
+        )[2:],
+        ["config.json", "checkpoints/2", "metrics.jsonl", "loss_curves.png", "routing.png", "sample.txt", "events.*"],
+    ),
+    "train_mqar.py": (
+        lambda workshop, output: [
+            *TINY, "--model.vocab-size", "32", "--train.steps", "2", "--train.warmup-steps", "0", "--sequence-length", "16",
+            "--pairs", "2", "4", "--batch-size", "4", "--test-rows", "4", "--output", str(output),
+        ],
+        ["config.json", "results.json"],
+    ),
+    "evaluate.py": (
+        lambda workshop, output: [
+            "--run", str(workshop.uninterrupted("windows")), "--data.path", str(workshop.data),
+            "--data.sequence-length", "70", "--data.batch-size", "4", "--output", str(output / "figures.json"),
+        ],
+        ["figures.json"],
+    ),
+}  # fmt: skip
+
+
+def test_every_experiment_is_in_the_table():
+    programs = {path.name for path in EXPERIMENTS.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert programs == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_experiments_run_two_steps(workshop, tmp_path, script):
+    flags, files = SCRIPTS[script]
+    workshop.run(workshop.command(script, *flags(workshop, tmp_path)))
+    assert [pattern for pattern in files if not list(tmp_path.glob(pattern))] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_experiments_explain_themselves(workshop, script):
+    text = workshop.run(workshop.command(script, "--help")).stdout
+    assert "--config FILE" in text
+    assert f"python experiments/{script}" in text
