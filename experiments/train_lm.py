@@ -59,7 +59,8 @@ def main(config: TrainLM) -> None:
             "ModelConfig.vocab_size", config.model.vocab_size,
             f"{token_file.path} needs at least {token_file.description.vocab_size}",
         )  # fmt: skip
-    valid = splits["valid"].description
+    descriptions = {split: token_file.description for split, token_file in splits.items()}
+    tokens_per_byte = {split: text.num_tokens / text.num_bytes for split, text in descriptions.items()}
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -70,7 +71,7 @@ def main(config: TrainLM) -> None:
     run_config = {name: value for name, value in to_dict(config).items() if name in ("model", "data", "train")}
     state = fit(
         output, config.model, config.train, mesh, make("train"), lambda: make("valid"),
-        run_config=run_config, tokens_per_byte=valid.num_tokens / valid.num_bytes, tensorboard=config.tensorboard,
+        run_config=run_config, tokens_per_byte=tokens_per_byte, tensorboard=config.tensorboard,
     )  # fmt: skip
     save_config(output / "config.json", config)
     if config.sample_tokens > 0 and config.sample_prompts:

@@ -17,7 +17,6 @@ every arm by number of pairs at its best learning rate: mean and spread over the
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +33,8 @@ from mom_jax.data import MQARConfig, make_mqar_dataset
 from mom_jax.model import bind, init_params, model_structure
 from mom_jax.training import loss_and_metrics, make_optimizer
 
-STEPS_PER_CALL = 10  # batches that are sent to the device together
+STEPS_PER_CALL = 20  # between two looks of the host at the loss
+Rows = dict[str, jax.Array]
 
 
 def default_model() -> ModelConfig:
@@ -55,8 +55,10 @@ class TrainMQAR:
     """T, tokens in a row; at least 4 times the largest of pairs."""
     pairs: tuple[int, ...] = (4, 8, 16, 32)
     """K, the numbers of pairs; training batches take turns."""
+    train_rows: int = 20_000
+    """Training rows for each number of pairs; batches are drawn from them."""
     batch_size: int = 32
-    """Rows in a batch, for every seed its own."""
+    """Rows in a batch; every seed draws its own."""
     seeds: int = 1
     """Models trained for each arm and learning rate, with different initialisations and data."""
     learning_rates: tuple[float, ...] = (5e-3,)
@@ -67,8 +69,11 @@ class TrainMQAR:
     """Directory of the results."""
 
     def __post_init__(self):
-        for name in ("seeds", "batch_size", "test_rows"):
+        for name in ("seeds", "batch_size", "train_rows", "test_rows"):
             require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
+        require(
+            self.train.steps % STEPS_PER_CALL == 0, "train.steps", self.train.steps, f"a multiple of {STEPS_PER_CALL}"
+        )  # fmt: skip
         require(bool(self.pairs), "pairs", self.pairs, "at least one number")
         require(bool(self.learning_rates), "learning_rates", self.learning_rates, "at least one rate")
 
@@ -95,18 +100,25 @@ def make_arms(mom: ModelConfig) -> dict[str, ModelConfig]:
     }
 
 
-def make_batches(config: TrainMQAR, *, train: bool, pairs: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of rows with ``pairs`` pairs; test rows are of another seed than training rows."""
-    task = MQARConfig(
-        vocab_size=config.model.vocab_size, sequence_length=config.sequence_length, num_pairs=pairs,
-        num_examples=1 << 40 if train else config.test_rows, seed=0 if train else 1,
-    )  # fmt: skip
-    rows = config.batch_size * config.seeds if train else config.test_rows
-    return iter(make_mqar_dataset(task, rows, train=train))
+def make_rows(config: TrainMQAR, *, train: bool) -> Rows:
+    """Tokens and targets [numbers of pairs, rows, T], on the device; test rows are of another seed than training rows."""
+    rows = config.train_rows if train else config.test_rows
+    tasks = [
+        MQARConfig(
+            vocab_size=config.model.vocab_size, sequence_length=config.sequence_length, num_pairs=pairs,
+            num_examples=rows, seed=0 if train else 1,
+        )
+        for pairs in config.pairs
+    ]  # fmt: skip
+    batches = [next(iter(make_mqar_dataset(task, rows, train=train))) for task in tasks]
+    return {name: jnp.stack([batch[name] for batch in batches]) for name in ("tokens", "targets")}
 
 
-def train_arm(config: TrainMQAR, model: ModelConfig, name: str) -> np.ndarray:
-    """Trains every learning rate and seed at once; accuracies [learning rates, seeds, numbers of pairs]."""
+def train_arm(config: TrainMQAR, model: ModelConfig, name: str, train_rows: Rows, test_rows: Rows) -> np.ndarray:
+    """Trains every learning rate and seed at once; accuracies [learning rates, seeds, numbers of pairs].
+
+    Batches are drawn on the device: the host only counts.
+    """
     # The schedule with a peak of 1; each model multiplies its updates by its own rate.
     optimizer = make_optimizer(dataclasses.replace(config.train, learning_rate=1.0))
 
@@ -114,8 +126,11 @@ def train_arm(config: TrainMQAR, model: ModelConfig, name: str) -> np.ndarray:
         params, variables = init_params(model, jax.random.key(seed))
         return params, variables, optimizer.init(params)
 
-    def step(state, rate, batch):
+    def step(state, rate, seed, index, rows):
         params, variables, moments = state
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        chosen = jax.random.randint(key, (config.batch_size,), 0, config.train_rows)
+        batch = {name: x[index % len(config.pairs), chosen] for name, x in rows.items()}
 
         def loss(params):
             return loss_and_metrics(bind(model, params, variables), batch, config.sequence_length)
@@ -125,11 +140,12 @@ def train_arm(config: TrainMQAR, model: ModelConfig, name: str) -> np.ndarray:
         params = optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates))
         return (params, variables, moments), metrics["loss"]
 
-    def steps(state, rate, batches):  # batches [steps, B, T]
-        return jax.lax.scan(lambda state, batch: step(state, rate, batch), state, batches)
+    def steps(state, rate, seed, first, rows):
+        indices = first + jnp.arange(STEPS_PER_CALL)
+        return jax.lax.scan(lambda state, index: step(state, rate, seed, index, rows), state, indices)
 
-    by_seed = jax.vmap(steps, in_axes=(0, None, 1))
-    run = jax.jit(jax.vmap(by_seed, in_axes=(0, 0, None)), donate_argnums=0)
+    by_seed = jax.vmap(steps, in_axes=(0, None, 0, None, None))
+    run = jax.jit(jax.vmap(by_seed, in_axes=(0, 0, None, None, None)), donate_argnums=0)
 
     def test(state, batch):
         params, variables, _ = state
@@ -137,34 +153,25 @@ def train_arm(config: TrainMQAR, model: ModelConfig, name: str) -> np.ndarray:
 
     accuracy = jax.jit(jax.vmap(jax.vmap(test, in_axes=(0, None)), in_axes=(0, None)))
 
-    rates = jnp.array(config.learning_rates)
-    state = jax.jit(jax.vmap(lambda _: jax.vmap(start)(jnp.arange(config.seeds))))(rates)
-    sources = [make_batches(config, train=True, pairs=pairs) for pairs in config.pairs]
-    bar = tqdm(total=config.train.steps, desc=f"{name:>16}", unit=" steps")
-    done = 0
-    while done < config.train.steps:
-        count = min(STEPS_PER_CALL, config.train.steps - done)
-        batches = [next(sources[(done + i) % len(sources)]) for i in range(count)]
-        shape = (count, config.seeds, config.batch_size, config.sequence_length)
-        stacked = {key: np.stack([batch[key] for batch in batches]).reshape(shape) for key in ("tokens", "targets")}
-        state, losses = run(state, rates, stacked)
-        done += count
-        bar.update(count)
-        bar.set_postfix_str(f"loss {np.nanmin(np.asarray(losses)[..., -1]):.3f}")
-    bar.close()
-    tests = [next(make_batches(config, train=False, pairs=pairs)) for pairs in config.pairs]
+    rates, seeds = jnp.array(config.learning_rates), jnp.arange(config.seeds)
+    state = jax.jit(jax.vmap(lambda _: jax.vmap(start)(seeds)))(rates)
+    with tqdm(total=config.train.steps, desc=f"{name:>16}", unit=" steps") as bar:
+        for first in range(0, config.train.steps, STEPS_PER_CALL):
+            state, losses = run(state, rates, seeds, first, train_rows)
+            bar.set_postfix_str(f"best loss {np.nanmin(np.asarray(losses)[..., -len(config.pairs) :]):.3f}", refresh=False)
+            bar.update(STEPS_PER_CALL)
+    tests = [{name: x[i] for name, x in test_rows.items()} for i in range(len(config.pairs))]
     return np.stack([np.asarray(accuracy(state, batch)) for batch in tests], axis=-1)
 
 
 def main(config: TrainMQAR) -> dict:
-    for pairs in config.pairs:  # refused now rather than after the first arm
-        make_batches(config, train=True, pairs=pairs)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    train_rows, test_rows = make_rows(config, train=True), make_rows(config, train=False)
     save_config(output / "config.json", config)
     results = {}
     for name, model in make_arms(config.model).items():
-        accuracy = train_arm(config, model, name)
+        accuracy = train_arm(config, model, name, train_rows, test_rows)
         best = int(np.argmax(accuracy.mean(axis=(1, 2))))
         results[name] = {
             "parameters": count_parameters(model),

@@ -125,7 +125,7 @@ class Attention(nnx.Module):
 
 
 def _write(state: AttentionState, new: AttentionState, is_ring: bool) -> AttentionState:
-    """Puts the piece's real tokens into the cache, each at its position; in a ring modulo its size, the last ones staying."""
+    """Puts the piece's real tokens into the cache, each at its position; in a ring modulo its size, the last ones."""
     size = state.k.shape[1]
     count = state.count + new.count
     is_kept, slots = new.position >= 0, new.position

@@ -227,8 +227,8 @@ def tiny(**overrides) -> ModelConfig:
     """A model of a few million parameters for a CPU: tests, demonstrations, first steps."""
     return dataclasses.replace(
         ModelConfig(
-            vocab_size=4096, hidden_size=192, num_layers=4, num_heads=3, head_dim=32, num_memories=4, top_k=2,
-            hidden_ratio=4.0, tie_embeddings=True, dtype="float32", remat="none", max_length=512,
+            vocab_size=2048, hidden_size=128, num_layers=4, num_heads=2, head_dim=32, num_memories=4, top_k=2,
+            hidden_ratio=3.0, tie_embeddings=True, dtype="float32", remat="none", max_length=512,
         ),
         **overrides,
     )  # fmt: skip

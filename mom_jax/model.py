@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax.attention import Attention
 from mom_jax.config import ModelConfig, require
-from mom_jax.layers import SwiGLU, einsum, normal_param, ones_param, rms_norm
+from mom_jax.layers import SwiGLU, normal_param, ones_param, rms_norm
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
 from mom_jax.sharding import constrain
@@ -275,7 +275,8 @@ def check_inputs(model: MoMLanguageModel, tokens, attention_mask, document_ids, 
     real = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     ids = np.asarray(tokens)[real]
     bad = ids[(ids < 0) | (ids >= model.config.vocab_size)]
-    require(bad.size == 0, "a token id", bad[:1].tolist(), f"ids run from 0 to vocab_size - 1 = {model.config.vocab_size - 1}")
+    allowed = f"ids run from 0 to vocab_size - 1 = {model.config.vocab_size - 1}"
+    require(bad.size == 0, "a token id", bad[:1].tolist(), allowed)
     if attention_mask is not None:
         values = np.asarray(attention_mask)
         require(bool(np.isin(values, (0, 1)).all()), "attention_mask", np.unique(values)[:4].tolist(), "0 or 1")

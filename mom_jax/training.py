@@ -230,7 +230,7 @@ def _balance_biases(model: ModelConfig, variables, load: Float[Array, "L M"]):
 
 
 def make_eval_step(model: ModelConfig, chunk: int) -> Callable[..., Metrics]:
-    """The pure function (params, variables, batch) -> sums over the batch: ``nats``, ``correct``, ``count``, and ``load``."""
+    """The pure function (params, variables, batch) -> sums over the batch: ``nats``, ``correct``, ``count``, ``load``."""
 
     def step(params, variables, batch: Batch) -> Metrics:
         _, metrics = loss_and_metrics(bind(model, params, variables), batch, chunk)
@@ -289,7 +289,7 @@ def fit(
     valid_data: Callable[[], Iterable[dict[str, np.ndarray]]],
     *,
     run_config: dict[str, Any],
-    tokens_per_byte: float | None = None,
+    tokens_per_byte: dict[str, float] | None = None,
     tensorboard: bool = True,
 ) -> State:
     """Trains, evaluates, saves and reports; continues exactly where the newest whole checkpoint in ``directory`` stands.
@@ -301,7 +301,7 @@ def fit(
       train_data: endless batches; its iterator's state is saved with every checkpoint.
       valid_data: gives the held-out batches afresh at each call.
       run_config: the resolved configuration of the command, saved with every checkpoint.
-      tokens_per_byte: of the held-out text, for bits per byte; None: leave them out.
+      tokens_per_byte: of the text of "train" and of "valid", for bits per byte; None: leave them out.
 
     Raises:
       ValueError: the checkpoint is of another configuration. FloatingPointError: a loss, a gradient or the parameters
@@ -395,18 +395,18 @@ class _Loop:
             if "peak_bytes_in_use" in memory:
                 record["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
             speed = bar.tokens_per_second
-            self.log.write(step, "train", **record, **self.bits(metrics["loss"]), tokens_per_second=speed)
+            self.log.write(step, "train", **record, **self.bits("train", metrics["loss"]), tokens_per_second=speed)
 
-    def bits(self, loss) -> dict[str, float]:
+    def bits(self, split: str, loss) -> dict[str, float]:
         if self.tokens_per_byte is None:
             return {}
-        return {"bits_per_byte": float(loss) * self.tokens_per_byte / math.log(2)}
+        return {"bits_per_byte": float(loss) * self.tokens_per_byte[split] / math.log(2)}
 
     def evaluate(self, step: int, state: State) -> float:
         batches = itertools.islice(self.valid_data(), self.train.eval_batches)
         result = evaluate(self.eval_step, state, (place(batch, self.mesh) for batch in batches))
         self.load = result.pop("load")
-        self.log.write(step, "valid", **result, **self.bits(result["loss"]), load=self.load)
+        self.log.write(step, "valid", **result, **self.bits("valid", result["loss"]), load=self.load)
         return result["loss"]
 
     def save(self, step: int, state: State, held_out_loss: float | None) -> None:

@@ -43,8 +43,9 @@ def test_unit_lower_inverse_is_exact_for_repeated_keys(correlation):
 
 
 @pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("per", ["key", "head"])
 @pytest.mark.parametrize("kind", ["mild", "strong", "extreme", "first_token_forgets_all"])
-def test_decayed_scores_of_any_decay_a_key(kind, strict):
+def test_decayed_scores_of_any_decay(kind, per, strict):
     """Values and gradients: finite and right where exp(g_i) or exp(-g_j) alone would be 0 or infinite."""
     rng = np.random.default_rng(0)
     width = 16
@@ -56,7 +57,7 @@ def test_decayed_scores_of_any_decay_a_key(kind, strict):
         "extreme": np.where(uniform < 0.5, -1e4, 0.0),
         "first_token_forgets_all": np.where(np.arange(CHUNK)[:, None] == 0, -1e5, -1e-3 * uniform),
     }[kind]
-    g = np.cumsum(log_decay, axis=0).astype(np.float32)
+    g = np.cumsum(log_decay if per == "key" else log_decay[:, :1], axis=0).astype(np.float32)
     mask = np.tri(CHUNK, k=-1 if strict else 0, dtype=bool)
 
     @jax.jit
@@ -76,6 +77,7 @@ def test_decayed_scores_of_any_decay_a_key(kind, strict):
     expected = (decay * a[:, None] * b[None]).sum(axis=-1)
     in_a, in_b = (weighted * b[None]).sum(axis=1), (weighted * a[:, None]).sum(axis=0)
     in_g = terms.sum(axis=1) - terms.sum(axis=0)
+    in_g = in_g if per == "key" else in_g.sum(axis=1, keepdims=True)
     # The cumulative decay itself is float32: differences of numbers near 1e5 are good to 1e-2.
     limit = LIMITS["float32"] if kind in ("mild", "strong") else 1e-2
     assert_close((p, gradients), (expected, (in_a, in_b, in_g)), limit, kind)

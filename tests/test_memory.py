@@ -4,7 +4,7 @@ A piece of fewer than 64 tokens is stepped through, a longer one is dispatched. 
 the whole against its pieces, with the states; the last ones hold both against the float64 oracle.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -112,12 +112,14 @@ def test_dead_slots_after_the_convolution_touch_no_state(implementation):
         "log_decay": jnp.asarray(-rng.uniform(0, 1, (1, num_slots, 2)), jnp.float32),
         "beta": jnp.full((1, num_slots, 2), 0.5),
     }
-    o, final = layer.rule.run(streams, gates, segments, None, None)
+    o, final = jax.jit(lambda *inputs: layer.rule.run(*inputs, segments, None, None))(streams, gates)
     assert not np.asarray(o)[0, ~real].any()
+    step = jax.jit(layer.rule.step)
     for s, (start, length) in enumerate(zip((0, 64, 192), (3, 70, 1), strict=True)):
-        alone = ({name: x[:, start : start + length] for name, x in part.items()} for part in (streams, gates))
-        _, expected = layer.rule.run(*alone, None, None, None)
-        assert_close(final[:, s : s + 1], expected, LIMIT)
+        state = layer.rule.init_state()
+        for n in range(start, start + length):
+            _, state = step(*({name: x[0, n] for name, x in part.items()} for part in (streams, gates)), state)
+        assert_close(final[0, s], state, LIMIT)
 
 
 SPLITS = [(63, 37), (70, 30), (30, 70), (1,) * 100, (5,) * 6 + (70,)]
@@ -203,6 +205,11 @@ def test_the_next_document_begins_afresh(num_tokens):
     assert_close(memories_of(actual, [2, 3, SHARED]), memories_of(expected, [2, 3, SHARED]), LIMIT)
 
 
+def where_memories(chosen, new, old):
+    """``new`` [B, M, ...] for the chosen memories [B, M], ``old`` for the others."""
+    return np.where(chosen.reshape(chosen.shape + (1,) * (new.ndim - 2)), new, old)
+
+
 PADDINGS = {
     "left": lambda n, total: np.arange(total) >= total - n,
     "right": lambda n, total: np.arange(total) < n,
@@ -267,10 +274,7 @@ def test_packed_documents_equal_separate_calls(lengths):
         sizes = [size for size in (70, 37, 30, 5) if size == length] or [1] * length
         expected, after = run_pieces(run, sizes, layer.init_state(2), part, *whole(part, document))
         assert_close(y[:, start : start + length], expected, LIMIT, f"document {document}")
-        touched = np.asarray(after.document) == document
-        last = jax.tree.map(
-            lambda new, old: np.where(touched.reshape(touched.shape + (1,) * (new.ndim - 2)), new, old), after, last
-        )
+        last = jax.tree.map(partial(where_memories, np.asarray(after.document) == document), after, last)
     assert_close(state, last, LIMIT)
 
 

@@ -141,9 +141,7 @@ def test_dispatch_and_combine_scatter_no_floats():
     x, weights = jnp.ones((BATCH, TOKENS, 8)), jnp.ones(memories.shape)
     operands = [
         equation.invars[0].aval.dtype
-        for equation in equations(
-            partial(there_and_back_with_gradients, 5, True), memories, mask, x, weights, x
-        )
+        for equation in equations(partial(there_and_back_with_gradients, 5, True), memories, mask, x, weights, x)
         if "scatter" in equation.primitive.name
     ]
     assert operands and all(jnp.issubdtype(dtype, jnp.integer) for dtype in operands)

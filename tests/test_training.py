@@ -237,6 +237,15 @@ def whole_batch_step():
     return one_step(SHORT, TRAIN, uneven_batch())
 
 
+def test_norms_and_rate_in_the_metrics(whole_batch_step):
+    """The gradient's before the clipping, here to 1; the parameters' after the step."""
+    state, metrics = whole_batch_step
+    assert metrics["grad_norm"] > 1
+    np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state["optimizer"], "mu")), 0.1, rtol=1e-5)
+    np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(state["params"]), rtol=1e-5)
+    assert metrics["learning_rate"] == learning_rate_schedule(TRAIN)(0)
+
+
 def test_accumulation_equals_the_whole_batch(whole_batch_step):
     state, metrics = one_step(SHORT, dataclasses.replace(TRAIN, accumulation=4), uneven_batch())
     expected_state, expected_metrics = whole_batch_step
