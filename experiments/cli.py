@@ -46,7 +46,7 @@ def run[Experiment](
     experiment = parse(experiment_class, description)
     try:
         main(experiment)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
         _refuse(error, status=1)
 
 

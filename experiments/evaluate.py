@@ -14,11 +14,12 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cli import parse
+from cli import run
 from tqdm import tqdm
 
 from mom_jax.checkpoint import load_config, load_params
@@ -38,14 +39,18 @@ class Evaluate:
     """Directory of a training run, or in the Hugging Face layout."""
     data: DataConfig = field(default_factory=DataConfig)
     """The prepared directory, and how its text is cut into rows."""
-    split: str = "valid"
-    """Which of the directory's token files: 'valid' or 'train'."""
-    dtype: str = "float32"
-    """Compute type: 'float32' or 'bfloat16'."""
+    split: Literal["train", "valid"] = "valid"
+    """Which of the directory's token files."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type."""
     position_groups: int = 8
     """Groups of positions in the row that get a perplexity of their own."""
     output: str | None = None
     """JSON file for the figures; None: print only."""
+
+    def __post_init__(self):
+        groups, length = self.position_groups, self.data.sequence_length
+        require(0 < groups <= length, "position_groups", groups, f"it must be from 1 to sequence_length = {length}")
 
 
 def load_model(run: str, dtype: str) -> MoMLanguageModel:
@@ -95,7 +100,7 @@ def main(config: Evaluate) -> dict:
     loss = nats.sum() / counts.sum()
     description = token_file.description
     figures = {
-        "tokens": int(counts.sum()), "nats_per_token": loss, "perplexity": math.exp(loss),
+        "tokens": int(counts.sum()), "nats_per_token": loss, "perplexity": math.exp(min(loss, 700)),
         "bits_per_byte": loss / math.log(2) * description.num_tokens / description.num_bytes, "by_position": [],
     }  # fmt: skip
     print(f"{token_file.path}: {figures['tokens']:,} tokens in rows of {config.data.sequence_length}")
@@ -104,7 +109,7 @@ def main(config: Evaluate) -> dict:
     for group in np.array_split(np.arange(config.data.sequence_length), config.position_groups):
         if counts[group].sum() == 0:
             continue
-        perplexity = math.exp(nats[group].sum() / counts[group].sum())
+        perplexity = math.exp(min(nats[group].sum() / counts[group].sum(), 700))
         figures["by_position"].append({"first": int(group[0]), "last": int(group[-1]), "perplexity": perplexity})
         print(f"{group[0]:5d} -{group[-1]:5d}   {perplexity:10.3f}")
     if config.output is not None:
@@ -113,4 +118,4 @@ def main(config: Evaluate) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse(Evaluate, __doc__))
+    run(Evaluate, main, __doc__)

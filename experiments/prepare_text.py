@@ -25,7 +25,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 import tokenizers
-from cli import parse
+from cli import run
 from text_readers import read_documents
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -286,7 +285,4 @@ def prepare(config: PrepareText) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        prepare(parse(PrepareText, __doc__))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"prepare_text.py: error: {error}")
+    run(PrepareText, prepare, __doc__)

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from cli import run
 
 from mom_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig, require
-from mom_jax.config_io import save_config, to_dict
+from mom_jax.config_io import to_dict
 from mom_jax.data import make_dataset
+from mom_jax.fit import fit
 from mom_jax.generation import sample
 from mom_jax.model import bind
 from mom_jax.sharding import make_mesh, use_mesh
 from mom_jax.token_files import TokenFile, load_tokenizer
-from mom_jax.training import fit
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ def main(config: TrainLM) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     def make(split):
-        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        return make_dataset(splits[split], config.data, train=split == "train", **process)
+        return make_dataset(splits[split], config.data, train=split == "train")
 
     run_config = {name: value for name, value in to_dict(config).items() if name in ("model", "data", "train")}
-    state = fit(
+    fitted = fit(
         output, config.model, config.train, mesh, make("train"), lambda: make("valid"),
         run_config=run_config, tokens_per_byte=tokens_per_byte, tensorboard=config.tensorboard,
     )  # fmt: skip
-    save_config(output / "config.json", config)
+    if fitted.stopped_by is not None:  # whoever sent the signal is waiting
+        return
     if config.sample_tokens > 0 and config.sample_prompts:
         with use_mesh(mesh):
-            text = sample_texts(config, state)
+            text = sample_texts(config, fitted.state)
         (output / "sample.txt").write_text(text, encoding="utf-8")
         print(text)
     print(f"\nThe run is in {output}: metrics.jsonl, loss_curves.png, routing.png, sample.txt, checkpoints/")

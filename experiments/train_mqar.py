@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cli import parse
+from cli import run
 from tqdm import tqdm
 
 from mom_jax.config import ModelConfig, TrainConfig, require
@@ -200,4 +200,4 @@ def format_table(config: TrainMQAR, results: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(parse(TrainMQAR, __doc__))
+    run(TrainMQAR, main, __doc__)

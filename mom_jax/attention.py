@@ -93,9 +93,7 @@ class Attention(nnx.Module):
 
         if state is None and mask is None and documents is None:
             window = attention.window_size
-            o = jax.nn.dot_product_attention(
-                q, k, v, is_causal=True, local_window_size=None if window is None else (window - 1, 0)
-            )  # fmt: skip
+            o = self._attend(q, k, v, is_causal=True, local_window_size=None if window is None else (window - 1, 0))
             return self._project(o), None, None
 
         documents = jnp.zeros((batch, num_tokens), jnp.int32) if documents is None else documents
@@ -113,12 +111,18 @@ class Attention(nnx.Module):
         if attention.window_size is not None:
             visible &= distance < attention.window_size
         visible |= ~real[..., None]  # padded tokens attend to anything, so that no softmax is empty
-        o = jax.nn.dot_product_attention(q, seen.k, seen.v, mask=visible[:, None])
+        o = self._attend(q, seen.k.astype(q.dtype), seen.v.astype(q.dtype), mask=visible[:, None])
         if state is None:
             return self._project(o), None, None
         if attention.window_size is None:
             o = jnp.where((real & (position >= state.k.shape[1]))[..., None, None], jnp.nan, o)
         return self._project(o), None, after
+
+    def _attend(self, q, k, v, **how):
+        # A float32 product is not float32 on a GPU or TPU unless asked for, and this function has no argument for it.
+        exact = jax.default_matmul_precision("highest" if self.config.dtype == "float32" else None)
+        with exact:
+            return jax.nn.dot_product_attention(q, k, v, **how)
 
     def _project(self, o):
         return constrain(einsum("bthk,hkd->btd", o, self.attention_o[...], dtype=self.config.dtype), "btd")

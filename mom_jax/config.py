@@ -7,9 +7,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-DTYPES = ("float32", "bfloat16")
 MAX_HEAD_DIM = 256
 MAX_VALUE_HEAD_DIM = 1280
 
@@ -25,6 +25,16 @@ def _require_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         require(is_integer and value > 0, f"{type(config).__name__}.{name}", value, "it must be a positive integer")
+
+
+def _require_choices(config: Any) -> None:
+    """Refuses a field declared as ``Literal`` (or None) that holds anything else."""
+    for name, hint in get_type_hints(type(config)).items():
+        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        literals = [option for option in options if get_origin(option) is Literal]
+        choices = ((None,) if NoneType in options else ()) + sum(map(get_args, literals), ())
+        if literals:
+            _require_one_of(config, name, choices)
 
 
 def _require_one_of(config: Any, name: str, choices: tuple) -> None:
@@ -158,11 +168,7 @@ class ModelConfig:
             0 <= self.embedding_dropout < 1,
             "ModelConfig.embedding_dropout", self.embedding_dropout, "it must be in [0, 1)",
         )  # fmt: skip
-        _require_one_of(self, "update_rule", ("gated_deltanet",))
-        _require_one_of(self, "balance_loss_form", ("per_layer", "global"))
-        _require_one_of(self, "dtype", DTYPES)
-        _require_one_of(self, "implementation", (None, "reference", "chunked"))
-        _require_one_of(self, "remat", ("none", "dots", "full"))
+        _require_choices(self)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             require(
@@ -174,6 +180,7 @@ class ModelConfig:
     def _check_attention(self):
         attention = self.attention
         layers = attention.layers
+        require(isinstance(layers, tuple), "AttentionConfig.layers", layers, "it must be a tuple")
         require(
             len(set(layers)) == len(layers) and all(0 <= layer < self.num_layers for layer in layers),
             "AttentionConfig.layers", layers, f"they must be different indices from 0 to {self.num_layers - 1}",
@@ -326,7 +333,7 @@ class TrainConfig:
         for name in ("stop_after", "eval_batches"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
-        _require_one_of(self, "schedule", ("cosine", "wsd"))
+        _require_choices(self)
         _require_not_negative(self, "learning_rate", "weight_decay", "warmup_steps", "keep_best")
         require(
             self.warmup_steps < self.steps or self.warmup_steps == 0,

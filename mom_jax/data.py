@@ -4,8 +4,8 @@ A batch is a dictionary of int32 arrays [B, T], B being this process's share of 
 
     tokens          token ids; 0 where there is none
     targets         the id that follows each token; NO_TARGET where there is no loss
-    document_ids    with packing only: 1, 2, ... along a row; 0 on the padding at its end
-    attention_mask  with packing only: 1 on tokens, 0 on padding
+    document_ids    with packing: 1, 2, ... along a row; 0 on the padding at its end
+    attention_mask  with packing, and in evaluation: 1 on tokens, 0 on padding
 
 The batches of all processes, put together in process order, do not depend on the number of processes, and the state of
 an iterator is the same on each: a run may be resumed on fewer or more. ``iter(dataset).get_state()`` is plain JSON, and
@@ -57,7 +57,7 @@ def make_dataset(
     else:
         full, rest = divmod(num_tokens - 1, length)
         num_rows = full if train else _round_up(full + (rest > 0), config.batch_size)
-        rows = grain.MapDataset.source(_Windows(token_file.tokens, length, num_rows))
+        rows = grain.MapDataset.source(_Windows(token_file.tokens, length, num_rows, with_mask=not train))
     if train:
         rows = rows.seed(config.seed).shuffle().repeat()
     if config.packing:
@@ -88,8 +88,8 @@ def _row(tokens: np.ndarray, targets: np.ndarray, length: int) -> dict[str, np.n
 class _Windows:
     """Row i holds tokens i*T to i*T + T of the stream; rows past its end hold padding."""
 
-    def __init__(self, tokens: np.ndarray, row_tokens: int, num_rows: int):
-        self._tokens, self._row_tokens, self._num_rows = tokens, row_tokens, num_rows
+    def __init__(self, tokens: np.ndarray, row_tokens: int, num_rows: int, with_mask: bool):
+        self._tokens, self._row_tokens, self._num_rows, self._with_mask = tokens, row_tokens, num_rows, with_mask
 
     def __len__(self) -> int:
         return self._num_rows
@@ -97,7 +97,10 @@ class _Windows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         start = index * self._row_tokens
         window = self._tokens[start : start + self._row_tokens + 1]
-        return _row(window[:-1], window[1:], self._row_tokens)
+        row = _row(window[:-1], window[1:], self._row_tokens)
+        if self._with_mask:
+            row["attention_mask"] = (np.arange(self._row_tokens) < len(window) - 1).astype(np.int32)
+        return row
 
 
 def _batches(rows: grain.MapDataset, share: int, process_index: int, process_count: int) -> grain.IterDataset:

@@ -21,11 +21,19 @@ def ones_param(*shape: int) -> nnx.Param:
 
 
 def einsum(equation: str, *operands: jax.Array, dtype) -> jax.Array:
-    """Einsum with operands in the compute type, accumulated in float32; the result is of the compute type."""
-    dtype = jnp.dtype(dtype)
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    """Einsum with operands and result in the compute type; products are accumulated in float32."""
+    precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+    return jnp.einsum(equation, *(x.astype(dtype) for x in operands), precision=precision)
+
+
+def einsum_float32(equation: str, *operands: jax.Array, dtype) -> jax.Array:
+    """Einsum with operands in the compute type and a float32 result.
+
+    The algorithm is named, because the gradient's operands are float32 and would be multiplied as such.
+    """
+    precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.DotAlgorithmPreset.BF16_BF16_F32
     operands = [x.astype(dtype) for x in operands]
-    return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
+    return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:

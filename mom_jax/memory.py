@@ -133,7 +133,8 @@ class MixtureOfMemories(nnx.Module):
         }
         recurrent = None if state is None else state.recurrent
         o, recurrent = self.rule.run(convolved, gates, segments, run_ids, recurrent)
-        o = o * dispatch.choices_to_slots(routing.weights).astype(o.dtype)[..., None, None]
+        weights = dispatch.choices_to_slots(routing.weights)[..., None, None]
+        o = (o.astype(jnp.float32) * weights).astype(o.dtype)
         if state is not None:
             history = {
                 name: convolution_history(stream, segments, run_ids, state.history[name])

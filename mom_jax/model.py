@@ -11,9 +11,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mom_jax.attention import Attention
+from mom_jax.attention import Attention, AttentionState
 from mom_jax.config import ModelConfig, require
-from mom_jax.layers import SwiGLU, normal_param, ones_param, rms_norm
+from mom_jax.layers import SwiGLU, einsum_float32, normal_param, ones_param, rms_norm
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
 from mom_jax.sharding import constrain
@@ -130,8 +130,12 @@ class MoMLanguageModel(nnx.Module):
             state = run.mixer.init_state(batch_size, *cache)
             return jax.tree.map(lambda s: jnp.broadcast_to(s, (count, *s.shape)), state)
 
-        runs = zip(self.runs.values(), self.config.layer_runs, strict=True)
+        runs = zip(self.ordered_runs(), self.config.layer_runs, strict=True)
         return ModelState(tuple(layers(run, *kind_count) for run, kind_count in runs), jnp.zeros(batch_size, jnp.int32))
+
+    def ordered_runs(self) -> list[Block]:
+        """The runs from the bottom up; the dictionary itself goes by name, run_10 before run_2."""
+        return [self.runs[f"run_{index}"] for index in range(len(self.config.layer_runs))]
 
     def hidden(
         self,
@@ -165,7 +169,7 @@ class MoMLanguageModel(nnx.Module):
             x = jnp.where(keep, x / (1 - config.embedding_dropout), 0).astype(x.dtype)
         x = constrain(x, "btd")
         routings, states = [], []
-        for index, run in enumerate(self.runs.values()):
+        for index, run in enumerate(self.ordered_runs()):
             x, routing, run_state = self._scan_run(run, x, mask, documents, None if state is None else state.layers[index])
             states.append(run_state)
             if routing is not None:
@@ -206,11 +210,9 @@ class MoMLanguageModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
         """hidden W_head, float32; the product is in the compute type with float32 accumulation."""
-        config = self.config
-        precision = lax.Precision.HIGHEST if config.dtype == "float32" else None
-        equation, head = ("btd,od->bto", self.embedding) if config.tie_embeddings else ("btd,do->bto", self.head)
-        operands = hidden.astype(config.dtype), head[...].astype(config.dtype)
-        return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
+        tied = self.config.tie_embeddings
+        equation, head = ("btd,od->bto", self.embedding) if tied else ("btd,do->bto", self.head)
+        return einsum_float32(equation, hidden, head[...], dtype=self.config.dtype)
 
     def balance_loss(self, router: RouterStatistics) -> Float[Array, ""]:
         """The load-balance loss in the configured form, unscaled; 0 without a MoM layer."""
@@ -269,8 +271,8 @@ def check_inputs(model: MoMLanguageModel, tokens, attention_mask, document_ids, 
             state.document.shape == tokens.shape[:1],
             "the batch size of state", state.document.shape[0], f"it must be that of tokens, {tokens.shape[0]}",
         )  # fmt: skip
-    known = [x for x in jax.tree.leaves((tokens, attention_mask, document_ids, state)) if isinstance(x, jax.core.Tracer)]
-    if known:
+    unknown = [x for x in jax.tree.leaves((tokens, attention_mask, document_ids, state)) if isinstance(x, jax.core.Tracer)]
+    if unknown:
         return
     real = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     ids = np.asarray(tokens)[real]
@@ -288,7 +290,7 @@ def check_inputs(model: MoMLanguageModel, tokens, attention_mask, document_ids, 
             allowed = f"from the last document on, {last}, they never fall along a row's real tokens"
             require(fits, "document_ids", row.tolist(), allowed)
     if state is not None and model.config.attention.layers and model.config.attention.window_size is None:
-        cache = next(s for s in state.layers if hasattr(s, "count"))
+        cache = next(s for s in state.layers if isinstance(s, AttentionState))
         needed, size = int(np.max(np.asarray(cache.count)[0] + real.sum(axis=1))), cache.k.shape[2]
         allowed = f"the attention layers' cache holds {size}; make a larger one with init_state(batch_size, max_length)"
         require(needed <= size, "the number of tokens of a row", needed, allowed)

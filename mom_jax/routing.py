@@ -65,13 +65,13 @@ class Router(nnx.Module):
         _, memories = lax.top_k(lax.stop_gradient(biased), config.top_k)
         is_chosen = memories[..., None] == jnp.arange(config.num_memories)  # [B, T, R, M]
         # A masked sum instead of a gather: its gradient is no scatter.
-        weights = jnp.sum(jnp.where(is_chosen, probabilities[:, :, None], 0), axis=-1)
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        # A softmax over the chosen logits is the renormalised choice of p, without dividing by a sum that may underflow.
+        weights = jax.nn.softmax(jnp.sum(jnp.where(is_chosen, logits[:, :, None], 0), axis=-1), axis=-1)
 
         real = jnp.ones(x.shape[:2], jnp.float32) if mask is None else mask.astype(jnp.float32)
         count = jnp.maximum(jnp.sum(real), 1)
-        load = jnp.einsum("btrm,bt->m", is_chosen.astype(jnp.float32), real) / count
-        importance = jnp.einsum("btm,bt->m", probabilities, real) / count
+        load = jnp.sum(jnp.where(is_chosen, real[..., None, None], 0), axis=(0, 1, 2)) / count
+        importance = jnp.sum(probabilities * real[..., None], axis=(0, 1)) / count
         z_loss = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real) / count
 
         memories = memories.astype(jnp.int32)

@@ -59,7 +59,7 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
     _check(op, value_width % 16 == 0 and 0 < value_width <= 1280, "V", value_width, "a multiple of 16 up to 1280")
     _check(op, num_slots > 0, "N", num_slots, "there must be at least one slot")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        allowed = x.dtype in (jnp.float32, jnp.bfloat16, jnp.float64)
+        allowed = x.dtype in (jnp.float32, jnp.bfloat16)
         _check(op, allowed and x.dtype == v.dtype, f"the dtype of {name}", x.dtype, "q, k, v: float32 or bfloat16, alike")
     if log_decay is not None:
         shapes = (q.shape[:3], q.shape)
@@ -133,7 +133,7 @@ def gated_delta_rule(
     Args:
       q, k: queries and keys; K is a power of two up to 256. Keys are expected with norm at most 1.
       v: values; V is a multiple of 16 up to 1280.
-      log_decay: log a_t <= 0, a head or a key; None: a_t = 1.
+      log_decay: log a_t <= 0 and finite, a head or a key; None: a_t = 1.
       beta: b_t, in [0, 1].
       segments: ragged segments, each with its own state; dead slots are masked here. None: one full segment a row.
       run_ids: non-decreasing in a segment's real slots; the state restarts from zero where they change. The initial state
@@ -141,7 +141,7 @@ def gated_delta_rule(
       initial_state: float32 states before each segment; None: zeros.
       scale: factor of q; None: K^-1/2.
       implementation: "reference", "chunked" or None (the first that supports the call).
-      interpret: run Pallas kernels in the interpreter.
+      interpret: run Pallas kernels in the interpreter; nothing to implementations in plain JAX.
 
     Returns:
       o, of v's dtype, zero in dead slots; and the final states, float32 (of a segment's last run).

@@ -27,14 +27,14 @@ BLOCK = 16  # side of the blocks in which a per-key decay is applied pairwise an
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array, dtype) -> jax.Array:
-    """Einsum with operands in ``dtype``, accumulated in float32."""
+    """Einsum with operands in ``dtype`` and a float32 result.
+
+    The algorithm is named, because the gradient's operands are float32 and would be multiplied as such.
+    """
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.DotAlgorithmPreset.BF16_BF16_F32
     return jnp.einsum(
-        equation,
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+        equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+    )  # fmt: skip
 
 
 class Chunks(NamedTuple):
@@ -63,12 +63,13 @@ class Chunks(NamedTuple):
         mask = jnp.tri(CHUNK, k=-1 if strict else 0, dtype=bool)
         return mask if self.run is None else mask & (self.run[..., :, None] == self.run[..., None, :])[:, :, None]
 
-    def keep(self, x: jax.Array, what: str) -> jax.Array:
-        """``x`` [B, chunks, H, C, width] zeroed where the carried state ends ('carry') or later runs begin ('tail')."""
-        if self.run is None:
-            return x
-        kept = self.run == 0 if what == "carry" else self.run == self.run[..., -1:]
-        return jnp.where(kept[:, :, None, :, None], x, 0)
+    def keep_first_run(self, x: jax.Array) -> jax.Array:
+        """``x`` [B, chunks, H, C, width] with zeros from the first run border on: what the carried state reaches."""
+        return x if self.run is None else jnp.where((self.run == 0)[:, :, None, :, None], x, 0)
+
+    def keep_last_run(self, x: jax.Array) -> jax.Array:
+        """``x`` [B, chunks, H, C, width] with zeros up to the last run border: what reaches the next chunk."""
+        return x if self.run is None else jnp.where((self.run == self.run[..., -1:])[:, :, None, :, None], x, 0)
 
     def survives(self, decay: jax.Array) -> jax.Array:
         """``decay`` [B, chunks, H, width] of the carried state, zero where a run begins in the chunk."""
@@ -161,7 +162,7 @@ def prepare(k, v, g, beta, chunks: Chunks, dtype) -> tuple[jax.Array, jax.Array]
     inverse = unit_lower_inverse(beta * decayed_scores(k, k, g, chunks.causal(strict=True), dtype))
     u = _einsum("bnhij,bnhjv->bnhiv", inverse, beta * v, dtype)
     decayed_k = beta * k if g is None else beta * k * jnp.exp(g)
-    w = _einsum("bnhij,bnhjk->bnhik", inverse, chunks.keep(decayed_k, "carry"), dtype)
+    w = _einsum("bnhij,bnhjk->bnhik", inverse, chunks.keep_first_run(decayed_k), dtype)
     return u, w
 
 
@@ -175,7 +176,7 @@ def propagate_states(k, u, w, g, chunks: Chunks, segments: Segments, initial_sta
         k_tail, decay = k, jnp.ones(k.shape[:3] + (1,), jnp.float32)
     else:
         k_tail, decay = k * jnp.exp(g[..., -1:, :] - g), jnp.exp(g[..., -1, :])
-    k_tail, decay = chunks.keep(k_tail, "tail"), chunks.survives(decay)
+    k_tail, decay = chunks.keep_last_run(k_tail), chunks.survives(decay)
 
     def one_row(initial_state, k_tail, u, w, decay, segment, first):
         def chunk(state, xs):
@@ -200,7 +201,7 @@ def propagate_states(k, u, w, g, chunks: Chunks, segments: Segments, initial_sta
 
 def read(q, k, new, g, before, chunks: Chunks, dtype) -> jax.Array:
     """Stage 3: outputs [B, chunks, H, C, V], float32."""
-    decayed_q = chunks.keep(q if g is None else q * jnp.exp(g), "carry")
+    decayed_q = chunks.keep_first_run(q if g is None else q * jnp.exp(g))
     scores = decayed_scores(q, k, g, chunks.causal(strict=False), dtype)
     carried = _einsum("bnhik,bnhkv->bnhiv", decayed_q, before, dtype)
     return carried + _einsum("bnhij,bnhjv->bnhiv", scores, new, dtype)
@@ -238,25 +239,32 @@ def linear_attention(q, k, v, log_decay, *, segments, run_ids, initial_state, sc
 
 
 @jax.custom_vjp
-def _chunk_matmul(x, w, segment):
-    """y[n, b] = x[n, b] @ w[segment[n, b]]: x [chunks, B, C, D], w [S, D, E], segment [chunks, B]."""
-    return lax.map(lambda xs: _einsum("bcd,bde->bce", xs[0], w[xs[1]], x.dtype).astype(x.dtype), (x, segment))
+def _chunk_matmul(x, w, segment, used):
+    """y[n, b] = x[n, b] @ w[segment[n, b]] for the first ``used`` chunks, zero after them.
+
+    x [chunks, B, C, D], w [S, D, E], segment [chunks, B], used: scalar.
+    """
+
+    def chunk(n, y):
+        return y.at[n].set(_einsum("bcd,bde->bce", x[n], w[segment[n]], x.dtype).astype(x.dtype))
+
+    return lax.fori_loop(0, used, chunk, jnp.zeros(x.shape[:-1] + w.shape[-1:], x.dtype))
 
 
-def _chunk_matmul_forward(x, w, segment):
-    return _chunk_matmul(x, w, segment), (x, w, segment)
+def _chunk_matmul_forward(x, w, segment, used):
+    return _chunk_matmul(x, w, segment, used), (x, w, segment, used)
 
 
 def _chunk_matmul_backward(residuals, dy):
-    x, w, segment = residuals
+    x, w, segment, used = residuals
 
-    def chunk(dw, xs):
-        x, dy, segment = xs
-        dx = _einsum("bce,bde->bcd", dy, w[segment], x.dtype).astype(x.dtype)
-        return dw.at[segment].add(_einsum("bcd,bce->bde", x, dy, x.dtype)), dx
+    def chunk(n, grads):
+        dx, dw = grads
+        dx = dx.at[n].set(_einsum("bce,bde->bcd", dy[n], w[segment[n]], x.dtype).astype(x.dtype))
+        return dx, dw.at[segment[n]].add(_einsum("bcd,bce->bde", x[n], dy[n], x.dtype))
 
-    dw, dx = lax.scan(chunk, jnp.zeros(w.shape, jnp.float32), (x, dy, segment))
-    return dx, dw.astype(w.dtype), None
+    dx, dw = lax.fori_loop(0, used, chunk, (jnp.zeros_like(x), jnp.zeros(w.shape, jnp.float32)))
+    return dx, dw.astype(w.dtype), None, None
 
 
 _chunk_matmul.defvjp(_chunk_matmul_forward, _chunk_matmul_backward)
@@ -265,10 +273,11 @@ _chunk_matmul.defvjp(_chunk_matmul_forward, _chunk_matmul_backward)
 def grouped_matmul(x, w, *, segments):
     """See :func:`pallas_kernels.api.grouped_matmul`.
 
-    Maps over chunks, all rows at once: no more arithmetic than is useful, and rows stay where their shard is.
+    A loop over the chunks that some row uses, for all rows at once: hardly more arithmetic than is useful.
     """
     batch, num_slots, width = x.shape
     real = segments.is_real(num_slots)
     chunks = jnp.moveaxis(where_real(real, x).reshape(batch, -1, CHUNK, width), 1, 0)
-    y = _chunk_matmul(chunks, w, segments.segment_of(num_slots)[:, ::CHUNK].T)
+    used = jnp.max(segments.offsets[:, -1]) // CHUNK
+    y = _chunk_matmul(chunks, w, segments.segment_of(num_slots)[:, ::CHUNK].T, used)
     return jnp.moveaxis(y, 0, 1).reshape(batch, num_slots, -1)

@@ -18,7 +18,8 @@ class Segments(NamedTuple):
 
     Attributes:
       offsets: int32 [B, S+1], ascending multiples of ``SEGMENT_ALIGNMENT``; segment s of row b owns the slots from
-        ``offsets[b, s]`` up to but not including ``offsets[b, s+1]``. Slots from ``offsets[b, S]`` on belong to nobody.
+        ``offsets[b, s]`` up to but not including ``offsets[b, s+1]``. Slots before ``offsets[b, 0]`` and from
+        ``offsets[b, S]`` on belong to nobody.
       lengths: int32 [B, S], real slots of each segment, at its start.
     """
 
@@ -54,7 +55,8 @@ class Segments(NamedTuple):
 
     def is_real(self, num_slots: int) -> Bool[Array, "B N"]:
         """Whether each slot holds a token."""
-        return self.rank(num_slots) < jnp.take_along_axis(self.lengths, self.segment_of(num_slots), axis=1)
+        rank = self.rank(num_slots)
+        return (rank >= 0) & (rank < jnp.take_along_axis(self.lengths, self.segment_of(num_slots), axis=1))
 
     def starts_run(self, run_ids: Int[Array, "B N"]) -> Bool[Array, "B N"]:
         """Whether a slot's token belongs to another run than the token before it in its segment.

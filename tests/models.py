@@ -19,6 +19,7 @@ HYBRID = dict(attention=AttentionConfig(layers=(1,), num_heads=4, num_kv_heads=2
 KINDS = {
     "mom": {},
     "hybrid": HYBRID | dict(num_layers=3),
+    "full_attention_hybrid": dict(attention=AttentionConfig(layers=(1,), num_heads=4)),
     "single_memory": dict(num_memories=1, top_k=1, shared_memory=False, balance_loss_scale=0.0),
     "one_memory_and_shared": dict(num_memories=1, top_k=1),
     "all_memories": dict(num_memories=3, top_k=3, conv_bias=True, conv_size=3),

@@ -1,4 +1,4 @@
-"""Every implementation of every op against the float32 scan reference, over the table of cases: outputs, states, gradients."""
+"""Implementations of the ops against the float32 scan reference over the table of cases: outputs, states, gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -10,10 +10,12 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxprs import equations
 from models import KINDS, draw_params, model_of, run_pieces, small
 from numerics import LIMITS, assert_close, relative_l2
 
 from mom_jax import model as model_module
+from mom_jax.attention import Attention
 from mom_jax.config import PRESETS, AttentionConfig
 from mom_jax.model import bind, init_params, model_structure, split_params
 
@@ -150,10 +152,10 @@ def test_padding_changes_no_logits_and_no_state(side, real):
 
 
 def test_packed_documents_equal_separate_calls():
-    """Interrupted by padding too; and the next piece goes on with the last document."""
+    """And the next piece goes on with the last document of a real token."""
     model, lengths = model_of(MIXED), (40, 25)
     tokens, after = random_tokens(), random_tokens(5, seed=1)
-    documents = np.repeat([0, 3, 3], (*lengths, 5)).astype(np.int32)[None].repeat(B, axis=0)
+    documents = np.repeat([0, 3, 9], (*lengths, 5)).astype(np.int32)[None].repeat(B, axis=0)
     mask = np.ones((B, T), np.int32)
     mask[:, 65:] = 0
     out = model(tokens, jnp.asarray(mask), jnp.asarray(documents))
@@ -347,3 +349,24 @@ def test_embedding_dropout():
     dropped = [model.hidden(tokens, dropout_key=key).hidden for key in (*keys, keys[0])]
     assert relative_l2(dropped[0], plain) > 0.1 and relative_l2(dropped[0], dropped[1]) > 0.1
     assert_close(dropped[2], dropped[0], 0.0)
+
+
+def test_more_than_ten_runs_keep_their_order():
+    """nnx.Dict goes through its keys by name: run_10 before run_2."""
+    config = small("attention_only", num_layers=12, attention=AttentionConfig(layers=(1, 3, 5, 7, 9), num_heads=4))
+    model = nnx.merge(*model_structure(config))
+    kinds = ["attention" if isinstance(run.mixer, Attention) else "mom" for run in model.ordered_runs()]
+    assert kinds == [kind for kind, _ in config.layer_runs] and len(kinds) == 11
+
+
+def test_no_product_of_a_bfloat16_model_is_a_plain_float32_one():
+    """Not in the gradient either, where float32 cotangents meet bfloat16 operands: it would run at a lower rate."""
+    config = small(dtype="bfloat16")
+
+    def loss(params):
+        model = bind(config, params, {})
+        return model.logits(model.hidden(random_tokens()).hidden).mean()
+
+    products = [e for e in equations(jax.grad(loss), draw_params(config)[0]) if e.primitive.name == "dot_general"]
+    plain = [e for e in products if e.params["precision"] is None and e.invars[0].aval.dtype == jnp.float32]
+    assert len(products) > 30 and not plain

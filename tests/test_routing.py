@@ -268,3 +268,14 @@ def test_loss_free_bias_moves_the_selection_but_not_the_weights():
     np.testing.assert_allclose(biased.weights[..., :2], p / p.sum(-1, keepdims=True), atol=1e-6)
     np.testing.assert_array_equal(biased.logits, plain.logits)
     np.testing.assert_array_equal(biased.importance, plain.importance)
+
+
+def test_weights_are_finite_where_all_chosen_probabilities_underflow():
+    """The loss-free bias may choose memories whose probabilities are 0 in float32."""
+    config = small("not_shared", num_memories=2, top_k=1)
+    router = Router(config, rngs=nnx.Rngs(0))
+    router.router[...] = jnp.zeros_like(router.router[...]).at[0].set(jnp.array([60.0, -60.0]))
+    router.router_bias[...] = jnp.array([-2.0, 2.0])
+    routing = router(jnp.zeros((1, 3, config.hidden_size)).at[..., 0].set(1.0), None)
+    assert np.asarray(routing.memories).min() == 1
+    np.testing.assert_array_equal(routing.weights, 1.0)

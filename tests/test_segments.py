@@ -81,3 +81,8 @@ def test_where_real_removes_nan():
     real = jnp.array([[True, False]])
     x = jnp.array([[[1.0, 2.0], [jnp.nan, jnp.inf]]])
     np.testing.assert_array_equal(where_real(real, x), [[[1, 2], [0, 0]]])
+
+
+def test_slots_before_the_first_segment_are_dead():
+    segments = Segments(jnp.array([[64, 128]]), jnp.array([[10]]))
+    np.testing.assert_array_equal(np.flatnonzero(segments.is_real(192)[0]), np.arange(64, 74))

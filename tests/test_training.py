@@ -23,20 +23,23 @@ from jaxprs import equations, results
 from models import draw_params, small
 from numerics import LIMITS, assert_close, relative_l2
 
+from mom_jax import fit as fit_loop
 from mom_jax import training
 from mom_jax.checkpoint import Checkpoints, load_params
 from mom_jax.config import AttentionConfig, MeshConfig, ModelConfig, TrainConfig
 from mom_jax.config_io import to_dict
+from mom_jax.fit import Fitted, fit
 from mom_jax.model import bind, init_params
 from mom_jax.reports import read_metrics
 from mom_jax.sharding import leaf_name, make_mesh
 from mom_jax.training import (
     abstract_state,
     cross_entropy,
-    fit,
+    evaluate,
     learning_rate_schedule,
     loss_and_metrics,
     make_optimizer,
+    make_state,
     make_train_step,
 )
 
@@ -323,8 +326,8 @@ def compilation_cache(tmp_path_factory):
             yield
 
 
-def run_fit(directory: Path, train: TrainConfig = TRAIN, mesh: MeshConfig = ONE_DEVICE, valid_data=None) -> dict:
-    """Fits MODEL to the four batches in turn; the final state."""
+def run_fit(directory: Path, train: TrainConfig = TRAIN, mesh: MeshConfig = ONE_DEVICE, valid_data=None) -> Fitted:
+    """Fits MODEL to the four batches in turn."""
     return fit(
         directory, MODEL, train, make_mesh(mesh, MODEL),
         grain.MapDataset.source(BATCHES).repeat().to_iter_dataset(), valid_data or (lambda: BATCHES[:2]),
@@ -351,7 +354,7 @@ def watched_fit(directory: Path, mesh: MeshConfig) -> Run:
     traces, compilations, first_states = Counter(), Counter(), []
 
     def counted(name):
-        make = getattr(training, f"make_{name}")
+        make = getattr(fit_loop, f"make_{name}")
 
         def make_counted(*arguments):
             step = make(*arguments)
@@ -370,19 +373,19 @@ def watched_fit(directory: Path, mesh: MeshConfig) -> Run:
             message = record.getMessage()
             compilations.update(name for name in ("train_step", "eval_step") if f"Compiling jit({name})" in message)
 
-    def kept_state(*arguments, make_state=training.make_state):
+    def kept_state(*arguments, make_state=fit_loop.make_state):
         first_states.append(make_state(*arguments))
         return first_states[-1]
 
     handler, logger = Compilations(), logging.getLogger("jax")
     with pytest.MonkeyPatch.context() as patch, jax.log_compiles():
         for name in ("train_step", "eval_step"):
-            patch.setattr(training, f"make_{name}", counted(name))
-        patch.setattr(training, "make_state", kept_state)
+            patch.setattr(fit_loop, f"make_{name}", counted(name))
+        patch.setattr(fit_loop, "make_state", kept_state)
         patch.setattr(logger, "propagate", False)
         logger.addHandler(handler)
         try:
-            last_state = run_fit(directory, mesh=mesh)
+            last_state = run_fit(directory, mesh=mesh).state
         finally:
             logger.removeHandler(handler)
     return Run(directory, first_states[0], last_state, traces, compilations)
@@ -446,8 +449,8 @@ def test_data_and_memory_mesh_gives_the_losses_of_one_device(run, mesh_run):
 
 def test_one_batch_is_learnt_by_heart(run):
     step = jax.jit(make_train_step(MODEL, TRAIN), donate_argnums=0)
-    state = training.make_state(MODEL, TRAIN, make_mesh(ONE_DEVICE))
-    for _ in range(40):
+    state = make_state(MODEL, TRAIN, make_mesh(ONE_DEVICE))
+    for _ in range(30):
         state, metrics = step(state, BATCHES[0])
     assert metrics["loss"] < 0.1
     assert metrics["accuracy"] == 1
@@ -461,7 +464,8 @@ def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on_exactly(run, tm
         return BATCHES[:2]
 
     handler = signal.getsignal(signal.SIGTERM)
-    run_fit(tmp_path, dataclasses.replace(TRAIN, checkpoint_every=100), valid_data=valid_data)
+    rarely_saved = dataclasses.replace(TRAIN, checkpoint_every=100)
+    assert run_fit(tmp_path, rarely_saved, valid_data=valid_data).stopped_by == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is handler
     assert "SIGTERM: saved step 4; the same command continues from there" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
@@ -482,7 +486,7 @@ def test_a_metric_that_is_not_finite_stops_and_keeps_the_checkpoint_before(broke
 
         return step
 
-    monkeypatch.setattr(training, "make_train_step", make_broken_step)
+    monkeypatch.setattr(fit_loop, "make_train_step", make_broken_step)
     with pytest.raises(FloatingPointError, match=f"step 4: the {broken} is nan; the checkpoint of step 2 is kept"):
         run_fit(tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -491,9 +495,9 @@ def test_a_metric_that_is_not_finite_stops_and_keeps_the_checkpoint_before(broke
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
 
 
-def test_evaluation_needs_a_batch(run, tmp_path):
+def test_evaluation_needs_a_batch():
     with pytest.raises(ValueError, match="the number of evaluation batches = 0 is not allowed"):
-        run_fit(tmp_path, dataclasses.replace(TRAIN, stop_after=1), valid_data=lambda: [])
+        evaluate(None, {}, [])
 
 
 if __name__ == "__main__":

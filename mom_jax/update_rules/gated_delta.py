@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import einsum, l2_norm, normal_param
+from mom_jax.layers import einsum, einsum_float32, l2_norm, normal_param
 from pallas_kernels import api
 from pallas_kernels.api import Segments
 
@@ -93,7 +93,7 @@ class GatedDelta(nnx.Module):
     def gates(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
         """The gates of each token in each of its memories, [B, T, R, H]: one dense matmul for all memories."""
         w = jnp.stack([self._stacked("a"), self._stacked("b")])  # [2, M', D, H]
-        raw = einsum("btd,gmdh->btgmh", x, w, dtype=self.config.dtype).astype(jnp.float32)
+        raw = einsum_float32("btd,gmdh->btgmh", x, w, dtype=self.config.dtype)
         log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(raw[:, :, 0] + self.dt_bias[...])
         gates = {"log_decay": log_decay, "beta": jax.nn.sigmoid(raw[:, :, 1])}
         if self.config.single_kv_proj:
