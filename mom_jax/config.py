@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+DTYPES = ("float32", "bfloat16")
 MAX_HEAD_DIM = 256
 MAX_VALUE_HEAD_DIM = 1280
 
