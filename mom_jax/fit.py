@@ -144,14 +144,15 @@ class _Loop:
                 if pending is not None:
                     self.report(*pending, bar)
                 pending = step, metrics
-                # Read once: a signal that comes during the evaluation or the save below ends the next step.
-                stopped_by = stop.name
+                # Read once: a signal that comes during the evaluation or the save below ends the next step. At the last
+                # step there is nothing to cut short.
+                stopped_by = stop.name if step < last else None
                 is_last = step == last or stopped_by is not None
                 valid_loss = None
                 if is_last or step % train.eval_every == 0 or step % train.checkpoint_every == 0:
                     self.report(*pending, bar)
                     pending = None
-                if (step == last and stopped_by is None) or step % train.eval_every == 0:
+                if step == last or step % train.eval_every == 0:
                     valid_loss = self.evaluate(step, state)
                     bar.update(step, valid_loss=valid_loss)
                 if is_last or step % train.checkpoint_every == 0:

@@ -128,7 +128,9 @@ def test_a_killed_run_resumes_to_the_same_bits(workshop, tmp_path, name):
     command = workshop.train(name, tmp_path)
     process = workshop.start(command)
     wait_until((tmp_path / "checkpoints" / "3").exists, process)
-    time.sleep(random.uniform(0, 0.5))
+    moment = random.randint(3, STEPS - 6)
+    wait_until(lambda: last_step(tmp_path) >= moment, process)
+    time.sleep(random.uniform(0, 0.05))
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
