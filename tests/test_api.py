@@ -142,7 +142,7 @@ def test_grouped_matmul(lengths):
         ({"initial_state": (2, 1, 2, 16, 16)}, "shape of initial_state"),
     ],
 )
-def test_bad_shapes_are_named(change, message):
+def test_bad_shapes_are_named(unchecked_shapes, change, message):
     inputs = make_inputs(Case("plain", 64, runs=True, initial_state=True))
     inputs |= {name: jnp.zeros(shape, inputs[name].dtype) for name, shape in change.items()}
     with pytest.raises(ValueError, match=message):

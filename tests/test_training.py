@@ -498,7 +498,7 @@ def test_a_metric_that_is_not_finite_stops_and_keeps_the_checkpoint_before(broke
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state["params"]))
 
 
-def test_evaluation_needs_a_batch():
+def test_evaluation_needs_a_batch(unchecked_shapes):
     with pytest.raises(ValueError, match="the number of evaluation batches = 0 is not allowed"):
         evaluate(None, {}, [])
 
