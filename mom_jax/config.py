@@ -123,7 +123,7 @@ class ModelConfig:
     """Step of the loss-free balancing bias on the selection (arXiv 2408.15664); 0: off."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of matmuls and activations; parameters, routing, gates, norms and states stay float32."""
-    implementation: Literal["reference", "chunked"] | None = None
+    implementation: Literal["triton", "chunked", "reference"] | None = None
     """Implementation of the sequence ops; None: the fastest that supports the call."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes in each layer: nothing, all but matmul results, or everything."""
@@ -232,7 +232,7 @@ class ModelConfig:
 
 
 def tiny(**overrides) -> ModelConfig:
-    """A model of a few million parameters for a CPU: tests, demonstrations, first steps."""
+    """A model of 1,098,000 parameters for a CPU: tests, demonstrations, first steps."""
     return dataclasses.replace(
         ModelConfig(
             vocab_size=2048, hidden_size=128, num_layers=4, num_heads=2, head_dim=32, num_memories=4, top_k=2,
@@ -294,8 +294,8 @@ class TrainConfig:
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """'cosine': warm-up then cosine to the final rate; 'wsd': warm-up, stable, linear decay over the last part."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up from 0."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from 0; None: a tenth of the steps, but 100 at most."""
     decay_fraction: float = 0.2
     """Part of the steps that 'wsd' spends decaying."""
     final_learning_rate: float = 0.1
@@ -335,11 +335,13 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 _require_positive(self, name)
         _require_choices(self)
-        _require_not_negative(self, "learning_rate", "weight_decay", "warmup_steps", "keep_best")
-        require(
-            self.warmup_steps < self.steps or self.warmup_steps == 0,
-            "TrainConfig.warmup_steps", self.warmup_steps, f"it must be below steps = {self.steps}",
-        )  # fmt: skip
+        _require_not_negative(self, "learning_rate", "weight_decay", "keep_best")
+        if self.warmup_steps is not None:
+            _require_not_negative(self, "warmup_steps")
+            require(
+                self.warmup_steps < self.steps,
+                "TrainConfig.warmup_steps", self.warmup_steps, f"it must be below steps = {self.steps}",
+            )  # fmt: skip
         require(self.clip_norm > 0, "TrainConfig.clip_norm", self.clip_norm, "it must be > 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -347,6 +349,11 @@ class TrainConfig:
         for name in ("decay_fraction", "final_learning_rate"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"TrainConfig.{name}", value, "it must be in [0, 1]")
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return min(100, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)

@@ -52,15 +52,16 @@ class _StopSignal:
         return self
 
     def _note(self, number, _frame):
+        # Not the other signal's handler, too: that signal may be waiting behind a compilation, and Python cannot deliver it
+        # to a handler that is gone.
+        signal.signal(number, self._old[number])
+        if self.name is not None:
+            signal.raise_signal(number)
         self.name = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
     def __exit__(self, *_):
-        self._restore()
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
 
 
 def fit(

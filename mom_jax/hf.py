@@ -125,8 +125,8 @@ def load_pretrained(directory: str | os.PathLike, dtype: str | None = None, **ov
 
     Raises:
       FileNotFoundError: there is no such directory, or it lacks a file.
-      ValueError: a file is damaged, a field of config.json is refused, or tensors are missing, unexpected or of the wrong
-        shape or type: all are listed, before any is read.
+      ValueError: the directory is a training run's, a file is damaged, a field of config.json is refused, or tensors are
+        missing, unexpected or of the wrong shape or type: all are listed, before any is read.
     """
     directory = Path(directory)
     config = _read_config(directory, dtype, overrides)
@@ -221,6 +221,8 @@ def _cut(sizes: dict[str, int], limit: float) -> list[list[str]]:
 
 def _read_config(directory: Path, dtype: str | None, overrides: dict[str, Any]) -> ModelConfig:
     path = directory / CONFIG
+    if (directory / "checkpoints").is_dir():
+        raise ValueError(f"{directory} is the directory of a training run: mom_jax.load_run reads it")
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}; models are read from disk, never downloaded")
     if not path.exists() and any(directory.glob(f"{ASIDE}*")):

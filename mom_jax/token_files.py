@@ -120,6 +120,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return HuggingFaceTokenizer(tokenizer, description.eos_id, description.bos_id)
 
 
+def require_same_tokenizer(path: Path, of_run: Path) -> None:
+    """``ValueError`` if the description at ``path`` and the one that a run keeps, ``of_run``, name different tokenizers."""
+    ours, theirs = Description.read(path), Description.read(of_run)
+    right = of_run.with_name(TOKENIZER_FILE) if theirs.tokenizer == HuggingFaceTokenizer.kind else theirs.tokenizer
+    for name in ("tokenizer", "tokenizer_sha256", "bos_id", "eos_id"):
+        value, needed = getattr(ours, name), getattr(theirs, name)
+        allowed = f"the run's tokens have {needed!r}; prepare the text with --tokenizer {right}"
+        require(value == needed, f"{path}: {name}", value, allowed)
+
+
 @dataclass(frozen=True)
 class Description:
     """What the JSON file beside a token file says."""

@@ -89,7 +89,7 @@ def has_weight_decay(name: str) -> bool:
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     """The rate of step s (from 0): linear warm-up, then cosine, or stable and a linear decay ("wsd", arXiv 2404.06395)."""
-    peak, final, warmup = config.learning_rate, config.learning_rate * config.final_learning_rate, config.warmup_steps
+    peak, final, warmup = config.learning_rate, config.learning_rate * config.final_learning_rate, config.num_warmup_steps
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(peak, config.steps - warmup, config.final_learning_rate)
     else:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mom_jax.checkpoint import CHECKSUMS, Checkpoints, load_config, load_params
+from mom_jax.checkpoint import CHECKSUMS, Checkpoints, find_step, load_config, load_params
 
 CONFIG = {"model": {"hidden_size": 8, "layers": (1, 2), "dtype": "bfloat16"}, "train": {"log_every": 10, "steps": 100}}
 
@@ -92,6 +92,18 @@ def test_parameters_and_config_load_without_the_rest(tmp_path):
         load_config(tmp_path / "nothing_here")
 
 
+def test_the_best_step_is_the_whole_one_of_lowest_held_out_loss(tmp_path):
+    with Checkpoints(tmp_path, keep_last=4) as checkpoints:
+        for step, loss in enumerate((0.5, 0.2, 0.3, None), start=1):
+            checkpoints.save(step, {"params": jnp.ones(3)}, config=CONFIG, held_out_loss=loss)
+    assert (find_step(tmp_path), find_step(tmp_path, best=True)) == (4, 2)
+    flip_a_bit(largest_file(tmp_path / "2"))
+    assert find_step(tmp_path, best=True) == 3
+    save_steps(tmp_path / "unrated", 1)
+    with pytest.raises(FileNotFoundError, match="unrated has no whole checkpoint with a held-out loss"):
+        find_step(tmp_path / "unrated", best=True)
+
+
 def test_arrays_are_born_on_another_mesh(tmp_path):
     """Saved on 8 devices split one way, restored on 4 split the other way."""
     devices = np.array(jax.devices())
@@ -162,6 +174,7 @@ def test_another_config_is_refused_with_every_difference(tmp_path):
         "  model.layers: checkpoint [1, 2], command [1]",
         "  new: checkpoint absent, command None",
         "  train.steps: checkpoint 100, command absent",
+        "choose another --output, or delete this run",
     ]
     assert restore(tmp_path, config=other, ignore=("model", "train", "new"))[0] == 1
     assert restore(tmp_path, config=None)[0] == 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 import pytest
 
-from experiments.cli import parse
+from experiments.cli import parse, run
 from mom_jax.config import (
     PRESETS,
     AttentionConfig,
@@ -106,16 +106,16 @@ def test_a_preset_is_its_function(preset):
 def test_only_the_final_values_are_validated(write, capsys):
     path = write("a.json", '{"preset": "mom_340m", "model": {"num_memories": 1}}')
     assert parse(Experiment, argv=["--config", path, "--model.top-k", "1"]).model == mom_340m(num_memories=1, top_k=1)
-    assert "ModelConfig.top_k = 2 is not allowed: it must be at most num_memories = 1" in error_of(
+    assert "--model.top-k = 2 is not allowed: it must be at most num_memories = 1" in error_of(
         capsys, ["--config", path]
     )
 
 
-def test_validation_errors_are_one_line(capsys):
+def test_validation_errors_are_one_line_that_names_the_flag(capsys):
     for argv, message in [
-        (["--model.attention.layers", "9"], "AttentionConfig.layers = (9,) is not allowed: they must be different "),
-        (["--train.steps", "0"], "TrainConfig.steps = 0 is not allowed: it must be a positive integer"),
-        (["--output", "/"], "output = '/' is not allowed: it must be a directory of its own"),
+        (["--model.attention.layers", "9"], "--model.attention.layers = (9,) is not allowed: they must be different "),
+        (["--train.steps", "0"], "--train.steps = 0 is not allowed: it must be a positive integer"),
+        (["--output", "/"], "--output = '/' is not allowed: it must be a directory of its own"),
     ]:
         assert f"error: {message}" in error_of(capsys, argv)
 
@@ -159,6 +159,22 @@ def test_files_that_cannot_be_read_are_refused(write, tmp_path, capsys):
     assert f"{latin}: 'utf-8' codec can't decode" in error_of(capsys, ["--config", str(latin)])
 
 
+def test_an_unknown_preset_is_refused_with_the_others_in_order(capsys):
+    allowed = "choose one of tiny, mom_340m, mom_1_3b, gated_deltanet_340m"
+    assert error_of(capsys, ["--preset", "huge"]).endswith(f"error: --preset = 'huge' is not allowed: {allowed}")
+
+
+@pytest.mark.parametrize("name", ["TrainConfig.steps", "train.steps"])
+def test_errors_of_the_program_name_the_flag(name, capsys, monkeypatch):
+    def main(experiment):
+        require(False, name, 1, "it must be 2")
+
+    monkeypatch.setattr("sys.argv", ["program.py"])
+    with pytest.raises(SystemExit, match="1"):
+        run(Experiment, main)
+    assert capsys.readouterr().err == "program.py: error: --train.steps = 1 is not allowed: it must be 2\n"
+
+
 def test_two_presets_are_refused(write, capsys):
     path = write("a.toml", "preset = 'tiny'")
     assert f"{path} names preset = 'tiny' beside --preset mom_340m: give only one" in error_of(
@@ -169,7 +185,6 @@ def test_two_presets_are_refused(write, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--preset", "huge"], "invalid choice 'huge' for argument '--preset'"),
         (["--model.topk", "1"], "Unrecognized options: --model.topk"),
         (["--train.steps", "many"], "Error parsing --train.steps"),
         (["--model.remat", "all"], "invalid choice 'all' for argument '--model.remat'"),

@@ -106,6 +106,11 @@ def test_derived_sizes():
     assert ModelConfig(intermediate_size=100).mlp_size == 100
 
 
+def test_warm_up_is_a_tenth_of_short_runs():
+    assert [TrainConfig(steps=steps).num_warmup_steps for steps in (1, 10, 400, 1000, 5000)] == [0, 1, 40, 100, 100]
+    assert TrainConfig(steps=400, warmup_steps=0).num_warmup_steps == 0
+
+
 def test_presets_take_overrides_and_refuse_unknown_ones():
     for name, preset in PRESETS.items():
         assert preset(num_layers=3).num_layers == 3, name

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,17 @@ import jax
 import numpy as np
 import pytest
 
+from mom_jax import load_pretrained, load_run
 from mom_jax.checkpoint import load_params
 from mom_jax.reports import read_metrics
 from mom_jax.token_files import ByteTokenizer, TokenFileWriter
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import evaluate  # noqa: E402
+
 STEPS = 18
 WINDOWS = {
     "model": {
@@ -145,7 +152,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(workshop, tmp_path):
     wait_until(lambda: last_step(tmp_path) >= 2, process)
     process.terminate()
     _, stderr = process.communicate()
-    assert process.returncode == 0
+    assert process.returncode == 128 + signal.SIGTERM
     (step,) = re.findall(r"^SIGTERM: saved step (\d+); the same command continues from there$", stderr, re.MULTILINE)
     assert 2 <= int(step) < STEPS
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
@@ -160,12 +167,108 @@ def test_a_checkpoint_of_another_config_is_refused(workshop):
     output = workshop.uninterrupted("windows")
     flags = ["--train.learning-rate", "0.5", "--model.top-k", "1", "--train.log-every", "7"]
     stderr = workshop.run(workshop.train("windows", output, *flags), status=1).stderr
-    assert stderr.splitlines()[-3:] == [
+    assert stderr.splitlines()[-4:] == [
         f"train_lm.py: error: the config of {output / 'checkpoints' / str(STEPS)} differs:",
         "  model.top_k: checkpoint 2, command 1",
         "  train.learning_rate: checkpoint 0.003, command 0.5",
+        "choose another --output, or delete this run",
     ]
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.batch-size", "9999"], "train.tokens: tokens = .* a batch of 9999 rows of 70 tokens takes at least 699931"),
+        (["--model.vocab-size", "100"], "error: --model.vocab-size = 100 is not allowed: .*train.tokens needs at least 257"),
+    ],
+)
+def test_a_refused_run_leaves_no_directory(workshop, tmp_path, flags, message):
+    stderr = workshop.run(workshop.train("windows", tmp_path / "run", *flags), status=1).stderr
+    assert re.search(message, stderr) and "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def prepared_with(workshop, directory: Path, **changes) -> str:
+    """A copy of the prepared text whose descriptions say something else."""
+    shutil.copytree(workshop.data, directory)
+    for split in ("train", "valid"):
+        path = directory / f"{split}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(directory)
+
+
+def test_text_of_another_tokenizer_is_refused(workshop, tmp_path):
+    run = shutil.copytree(workshop.uninterrupted("windows"), tmp_path / "run")
+    for changes, message in [
+        ({"eos_id": 0}, "eos_id = 0 is not allowed: the run's tokens have 256; prepare the text with --tokenizer bytes"),
+        ({"tokenizer_sha256": "other"}, "tokenizer_sha256 = 'other' is not allowed: the run's tokens have None"),
+    ]:
+        data = prepared_with(workshop, tmp_path / next(iter(changes)), **changes)
+        with pytest.raises(ValueError, match=f"valid.json: {message}"):
+            evaluate.load(evaluate.Evaluate(run=str(run), data=evaluate.EvaluationData(path=data)))
+    stderr = workshop.run(workshop.train("windows", run, "--data.path", data), status=1).stderr
+    assert "train.json: tokenizer_sha256 = 'other' is not allowed" in stderr
+
+
+def test_what_is_no_run_is_refused_by_name(workshop, tmp_path):
+    stderr = workshop.run(workshop.command("evaluate.py", "--run", str(tmp_path)), status=1).stderr
+    assert stderr.endswith(
+        f"evaluate.py: error: --run = '{tmp_path}' is not allowed: it must be a directory that train_lm.py wrote, or have "
+        "config.json and safetensors (Hugging Face)\n"
+    )
+    with pytest.raises(FileNotFoundError, match="is no training run: it has no checkpoints/"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="data.path = None is not allowed: a Hugging Face directory"):
+        evaluate.load(evaluate.Evaluate(run=str(tmp_path)))
+    with pytest.raises(ValueError, match="is the directory of a training run: mom_jax.load_run reads it"):
+        load_pretrained(workshop.uninterrupted("windows"))
+
+
+# What a run leaves
+
+
+def test_a_run_knows_the_documents_borders_and_says_how_it_ended(workshop):
+    output = workshop.uninterrupted("windows")
+    model = json.loads((output / "config.json").read_text())["model"]
+    assert (model["bos_token_id"], model["eos_token_id"]) == (None, ByteTokenizer.eos_id)
+    last = [record for record in read_metrics(output) if record["split"] == "valid"][-1]
+    stdout = workshop.run(workshop.train("windows", output)).stdout  # nothing is left to do but to say so
+    assert stdout.splitlines()[-2:] == [
+        f"The run is in {output}: metrics.jsonl, loss_curves.png, routing.png, checkpoints",
+        f"held out: loss {last['loss']:.4f} nats a token, perplexity {last['perplexity']:.2f}, "
+        f"{last['bits_per_byte']:.4f} bits/byte",
+    ]
+
+
+def test_a_run_is_loaded_and_evaluated_on_its_own_data(workshop, tmp_path, monkeypatch, capsys):
+    output = shutil.copytree(workshop.uninterrupted("windows"), tmp_path / "run")
+    run = load_run(output, implementation="reference")
+    assert (run.step, run.tokenizer.kind, run.model.config.implementation) == (STEPS, "bytes", "reference")
+    params = load_params(output / "checkpoints")
+    np.testing.assert_array_equal(run.model.embedding[...], params["embedding"])
+    by_loss = {loss: step for (step, split), loss in losses(output).items() if split == "valid"}
+    assert load_run(output, best=True).step == by_loss[min(by_loss)]
+
+    figures = evaluate.main(evaluate.Evaluate(run=str(output)))
+    assert (figures["step"], figures["by_position"][-1]["last"]) == (STEPS, 69)
+    assert f"{output}: checkpoint of step {STEPS}" in capsys.readouterr().out
+
+    (output / "checkpoints" / str(STEPS) / "run/metadata").write_text("{}")
+    with pytest.warns(UserWarning, match="skipping the damaged checkpoint"):
+        assert load_run(output).step == STEPS - 3
+
+
+def test_the_examples_of_the_readme_run(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/shakespeare").symlink_to(workshop.uninterrupted("windows"))
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        exec(example, {})
+    assert (tmp_path / "directory/model.safetensors").exists()
 
 
 def test_a_run_that_diverges_names_the_step_and_keeps_the_last_good_checkpoint(workshop, tmp_path):
@@ -209,8 +312,7 @@ SCRIPTS = {
     ),
     "evaluate.py": (
         lambda workshop, output: [
-            "--run", str(workshop.uninterrupted("windows")), "--data.path", str(workshop.data),
-            "--data.sequence-length", "70", "--data.batch-size", "4", "--output", str(output / "figures.json"),
+            "--run", str(workshop.uninterrupted("windows")), "--output", str(output / "figures.json"),
         ],
         ["figures.json"],
     ),

@@ -114,14 +114,14 @@ def test_parquet_and_other_fields_and_encodings_are_read(tmp_path):
 
 
 REFUSED = {
-    "bad.txt": (b"abc\xff", "bad.txt: byte 3 is not utf-8"),
+    "bad.txt": (b"abc\xff", "bad.txt: byte 3 is not utf-8 .*; leave the file out or give its --encoding"),
     "utf16.txt": ("abc".encode("utf-16-le"), "utf16.txt: character 1 is NUL"),
     "png.txt.gz": (b"not gzip", "png.txt.gz is broken or not what its name says"),
     "cut.txt.gz": (gzip.compress(b"words" * 99)[:-9], "cut.txt.gz is broken"),
     "cut.jsonl.zst": (zstandard(b'{"text": "one"}\n' * 99)[:-3], "cut.jsonl.zst is broken"),
     "bad.jsonl": (b'{"text": "one"}\n{"text": ', "bad.jsonl, line 2: not JSON"),
     "latin.jsonl": (b'{"text": "caf\xe9"}', "latin.jsonl, line 1: not JSON in UTF-8"),
-    "field.jsonl": (b'{"text": 3}', "field.jsonl, line 1: 'text' is not a string in"),
+    "field.jsonl": (b'{"text": 3}', "field.jsonl, line 1: 'text' is not a string in .*; --field names the key of the text"),
     "list.jsonl": (b"[1]", "list.jsonl, line 1: 'text' is not a string in"),
     "bad.parquet": (b"PAR2", "bad.parquet is not Parquet"),
     "odd.html": (b'<meta charset="klingon">', "odd.html says that its encoding is 'klingon'"),
@@ -141,7 +141,7 @@ def test_bad_parquet_columns_are_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", "text", ["one", None])
     with pytest.raises(ValueError, match="a.parquet, row 1: 'text' is not a string: None"):
         run(tmp_path, inputs=(str(tmp_path / "a.parquet"),))
-    with pytest.raises(ValueError, match=r"a.parquet: no column 'body'; there are \['text'\]"):
+    with pytest.raises(ValueError, match=r"a.parquet: no column 'body'; --field names one of \['text'\]"):
         run(tmp_path, inputs=(str(tmp_path / "a.parquet"),), field="body")
 
 
@@ -190,6 +190,31 @@ def test_a_fraction_is_held_out_by_text(tmp_path):
     assert set(again[1]) == set(valid)
 
 
+@pytest.mark.parametrize("fraction", [1e-9, None, 1 - 1e-9])
+def test_two_documents_or_more_always_make_both_splits(tmp_path, texts, fraction):
+    for patterns, number in (((), 4), (("a*", "b*"), 2)):
+        train, valid = run(tmp_path, inputs=(texts,), include=patterns, held_out_fraction=fraction, overwrite=True)
+        assert train and valid and len(train) + len(valid) == number
+        assert len(train) == 1 or len(valid) == 1
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(None, 10), (0.25, 25), (0.98, 98)])
+def test_a_single_document_is_cut_at_a_line_end(tmp_path, fraction, held_out):
+    lines = [f"line {i:03}\n" for i in range(100)]
+    (tmp_path / "one.txt").write_text("".join(lines))
+    train, valid = run(tmp_path, inputs=(str(tmp_path / "one.txt"),), held_out_fraction=fraction)
+    assert (train, valid) == (["".join(lines[:-held_out])], ["".join(lines[-held_out:])])
+
+
+@pytest.mark.parametrize("text", ["a single line", "\n\nafter blank lines only", "a long first line\nx"])
+def test_a_single_document_that_cannot_be_cut_is_refused_before_a_tokenizer_is_trained(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(prepare_text, "make_tokenizer", None)
+    (tmp_path / "one.txt").write_text(text)
+    with pytest.raises(ValueError, match="inputs = .* a single document needs a line end before the part to hold out"):
+        run(tmp_path, "bpe", inputs=(str(tmp_path / "one.txt"),))
+    assert not (tmp_path / "out").exists()
+
+
 def test_empty_documents_are_refused_or_left_out(tmp_path, texts, capsys):
     Path(texts, "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match="empty.txt is empty; --skip-empty"):
@@ -214,8 +239,7 @@ def test_a_lone_surrogate_is_refused(tmp_path):
         ({"held_out": ("x*",)}, "held_out = 'x\\*' .* must match an input file"),
         ({"held_out": ("a*",), "held_out_fraction": 0.5}, "held_out_fraction = 0.5 .* together with held_out"),
         ({"held_out_fraction": 1.0}, r"held_out_fraction = 1.0 .* in \(0, 1\)"),
-        ({"held_out_fraction": 1e-9}, "no document is left for valid"),
-        ({"held_out": ("*",)}, "no document is left for train"),
+        ({"held_out": ("*",)}, "no document is left for train: change --held-out or --inputs"),
         ({"vocab_size": 256}, "vocab_size = 256 .* at least 257"),
         ({"eos_token": "</s>"}, "eos_token = '</s>' .* tokenizer 'bytes' has its own"),
         ({"encoding": "klingon"}, "encoding = 'klingon' .* utf-8, latin-1"),
@@ -290,4 +314,4 @@ def test_errors_of_the_command_are_one_line(tmp_path):
     command = [sys.executable, script, "--inputs", str(tmp_path), "--output", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.startswith("prepare_text.py: error: inputs = ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("prepare_text.py: error: --inputs = ") and result.stderr.count("\n") == 1

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -477,6 +479,21 @@ def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on_exactly(run, tm
     assert losses(tmp_path) == losses(run.directory)
     run_fit(tmp_path)
     assert "nothing to do: the run already stands at step 6 of 6" in capsys.readouterr().err
+
+
+def test_two_signals_that_waited_behind_a_compilation_end_the_program_without_a_word():
+    program = """if True:
+        import signal
+        from mom_jax.fit import _StopSignal
+        with _StopSignal() as stop:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+            print("alive")
+    """
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGTERM, "", "")
 
 
 @pytest.mark.parametrize("broken", ["loss", "grad_norm", "param_norm"])

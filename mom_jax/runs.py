@@ -1,0 +1,74 @@
+"""The directory of a training run, read back: the model, its tokenizer and what it was trained on.
+
+    RUN/checkpoints/    see checkpoint.py
+    RUN/tokenizer/      the tokenizer of the training text: its train.json and tokenizer.json (see token_files.py)
+"""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mom_jax.checkpoint import find_step, load_config, load_params
+from mom_jax.config import DataConfig, ModelConfig
+from mom_jax.config_io import from_dict
+from mom_jax.model import MoMLanguageModel, bind
+from mom_jax.token_files import TOKENIZER_FILE, Tokenizer, load_tokenizer, require_same_tokenizer
+
+CHECKPOINTS, TOKENIZER, DESCRIPTION = "checkpoints", "tokenizer", "train.json"
+
+
+class Run(NamedTuple):
+    """Attributes:
+    model: the model of the checkpoint.
+    tokenizer: of the text that it was trained on.
+    step: the checkpoint's.
+    data: what it was trained on, and how that was cut into rows.
+    """
+
+    model: MoMLanguageModel
+    tokenizer: Tokenizer
+    step: int
+    data: DataConfig
+
+
+def load_run(directory: str | os.PathLike, *, best: bool = False, **overrides: Any) -> Run:
+    """What a directory of experiments/train_lm.py holds, of the newest whole checkpoint.
+
+    Args:
+      best: of the kept checkpoint with the lowest held-out loss instead.
+      overrides: fields of ModelConfig, such as ``dtype``; without them the run's, but ``remat="none"``.
+
+    Raises:
+      FileNotFoundError: there is no run, no checkpoint or no tokenizer. RuntimeError: all checkpoints are damaged.
+      ValueError: the tokenizer's files are not whole, or an override is not allowed.
+    """
+    directory = Path(directory)
+    checkpoints = directory / CHECKPOINTS
+    if not checkpoints.is_dir():
+        raise FileNotFoundError(f"{directory} is no training run: it has no {CHECKPOINTS}/")
+    if not (directory / TOKENIZER).is_dir():
+        raise FileNotFoundError(f"{directory} has no {TOKENIZER}/: the command that trained it, run again, adds that")
+    step = find_step(checkpoints, best)
+    values = load_config(checkpoints, step)
+    config = dataclasses.replace(from_dict(ModelConfig, values["model"]), **{"remat": "none"} | overrides)
+    # The routers' biases of loss-free balancing move the selection: they belong to the model as the parameters do.
+    variables = load_params(checkpoints, step=step, part="variables") if config.router_bias_rate > 0 else {}
+    model = bind(config, load_params(checkpoints, step=step), variables)
+    return Run(model, load_tokenizer(directory / TOKENIZER), step, from_dict(DataConfig, values["data"]))
+
+
+def keep_tokenizer(data: str | os.PathLike, directory: str | os.PathLike) -> None:
+    """Copy the tokenizer of the prepared directory ``data`` into the run ``directory``.
+
+    Raises ``ValueError`` if the run has another one already: the text was prepared anew since.
+    """
+    source, kept = Path(data), Path(directory) / TOKENIZER
+    if (kept / DESCRIPTION).exists():
+        require_same_tokenizer(source / DESCRIPTION, kept / DESCRIPTION)
+        return
+    kept.mkdir(parents=True, exist_ok=True)
+    if (source / TOKENIZER_FILE).exists():
+        shutil.copy(source / TOKENIZER_FILE, kept)
+    shutil.copy(source / DESCRIPTION, kept)
