@@ -119,7 +119,7 @@ class MixtureOfMemories(nnx.Module):
         run_ids = None if documents is None else dispatch.integers_to_slots(documents)
         streams = {name: dispatch.to_slots(stream) for name, stream in self.rule.token_streams(x).items()}
         if not self.config.single_kv_proj:
-            streams |= self.rule.slot_streams(constrain(dispatch.to_slots(x), "bnd"), segments)
+            streams |= self.rule.slot_streams(x, dispatch)
         gates = self.rule.gates(x, routing.memories)
         gates = {name: dispatch.choices_to_slots(gate) for name, gate in gates.items()}
 

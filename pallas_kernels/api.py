@@ -1,44 +1,53 @@
 """The public sequence ops: one signature, one validation and one dispatch loop for every implementation."""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import chunked, reference
+from pallas_kernels import chunked, reference, triton
+from pallas_kernels.gather import gather_sum
 from pallas_kernels.reference import delta_step
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 
-__all__ = ["SEGMENT_ALIGNMENT", "Segments", "delta_step", "gated_delta_rule", "grouped_matmul", "linear_attention"]
+__all__ = [
+    "SEGMENT_ALIGNMENT", "Segments", "delta_step", "gated_delta_rule", "gather_sum", "grouped_matmul", "linear_attention",
+]  # fmt: skip
 
 # In the order in which None tries them.
-IMPLEMENTATIONS: dict[str, ModuleType] = {"chunked": chunked, "reference": reference}
-PLANNED = ("triton", "mosaic_tpu")
+IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "chunked": chunked, "reference": reference}
+PALLAS = ("triton",)
+PLANNED = ("mosaic_tpu",)
 
 
-def unsupported_reason(op: str, implementation: str) -> str | None:
-    """Why ``implementation`` cannot run ``op``; None if it can."""
+def unsupported_reason(op: str, implementation: str, arrays: dict, *, interpret: bool = False) -> str | None:
+    """Why ``implementation`` cannot run ``op`` on ``arrays`` (by the names of its arguments) here; None if it can."""
     if implementation in PLANNED:
         return f"the {implementation} implementation of {op} is not written yet"
     if implementation not in IMPLEMENTATIONS:
         return f"there is no such implementation; choose one of {', '.join(IMPLEMENTATIONS)} or None"
+    if implementation in PALLAS:
+        return IMPLEMENTATIONS[implementation].unsupported_reason(op, arrays, interpret=interpret)
     return None
 
 
-def _choose(op: str, implementation: str | None) -> Callable:
+def _choose(op: str, implementation: str | None, arrays: dict, interpret: bool) -> Callable:
     """The function that runs ``op``: the named one, or the first that can.
 
     Raises:
       ValueError: the name is unknown. NotImplementedError: the named one cannot run this call.
     """
     names = list(IMPLEMENTATIONS) if implementation is None else [implementation]
-    reasons = {name: unsupported_reason(op, name) for name in names}
+    reasons = {name: unsupported_reason(op, name, arrays, interpret=interpret) for name in names}
     for name, reason in reasons.items():
         if reason is None:
-            return getattr(IMPLEMENTATIONS[name], op)
-    error = NotImplementedError if implementation in PLANNED or implementation is None else ValueError
+            function = getattr(IMPLEMENTATIONS[name], op)
+            return partial(function, interpret=interpret) if name in PALLAS else function
+    is_known = implementation is None or implementation in PLANNED or implementation in IMPLEMENTATIONS
+    error = NotImplementedError if is_known else ValueError
     raise error(f"{op}: implementation = {implementation!r}: {'; '.join(map(str, reasons.values()))}")
 
 
@@ -75,7 +84,7 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
     shape = initial_state.shape
     _check(op, shape == state_shape, "the shape of initial_state", shape, f"it must be [B, S, H, K, V] = {state_shape}")
 
-    run = _choose(op, implementation)
+    run = _choose(op, implementation, {"k": k, "v": v, "log_decay": log_decay}, interpret)
     pad = -num_slots % SEGMENT_ALIGNMENT
     padded = [None if x is None else _pad_slots(x, pad) for x in (q, k, v, log_decay, *gates, run_ids)]
     o, final_state = run(
@@ -84,7 +93,6 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
         run_ids=padded[-1],
         initial_state=initial_state.astype(jnp.float32),
         scale=key_width**-0.5 if scale is None else scale,
-        **({"interpret": interpret} if implementation in PLANNED else {}),
     )
     return o[:, :num_slots], final_state
 
@@ -140,7 +148,7 @@ def gated_delta_rule(
         belongs to the run of the segment's first token.
       initial_state: float32 states before each segment; None: zeros.
       scale: factor of q; None: K^-1/2.
-      implementation: "reference", "chunked" or None (the first that supports the call).
+      implementation: "triton" (NVIDIA GPUs), "chunked", "reference" or None (the first of them that supports the call).
       interpret: run Pallas kernels in the interpreter; nothing to implementations in plain JAX.
 
     Returns:
@@ -179,23 +187,32 @@ def linear_attention(
 
 
 def grouped_matmul(
-    x: Float[Array, "B N D"],
+    x: Float[Array, "B T D"],
     w: Float[Array, "S D E"],
     segments: Segments,
     *,
+    token_of: Int[Array, "B N"] | None = None,
+    slot_of: Int[Array, "B T R"] | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "B N E"]:
     """Multiplies the slots of segment s by ``w[s]``: y_n = x_n w[segment of n], zero in dead slots.
 
     Args:
-      x: slots; N is a multiple of the alignment.
+      x: slots, N a multiple of the alignment; with ``token_of`` tokens, of which each slot n takes row token_of[n].
       w: a matrix for every segment, of x's dtype; products are accumulated in float32.
       segments: at most S segments a row.
+      token_of: the token of each slot, T for dead slots; given together with ``slot_of``.
+      slot_of: the slots of each token, N for none: over them the gradient of x is summed.
 
     Returns:
       y, of x's dtype.
     """
+    op = "grouped_matmul"
     shapes_fit = x.ndim == w.ndim == 3 and x.shape[2] == w.shape[1] and w.shape[0] == segments.num_segments
-    _check("grouped_matmul", shapes_fit, "the shapes of x and w", (x.shape, w.shape), "[B, N, D] and [S, D, E]")
-    segments = _check_segments("grouped_matmul", segments, *x.shape[:2])
-    return _choose("grouped_matmul", implementation)(x, w, segments=segments)
+    _check(op, shapes_fit, "the shapes of x and w", (x.shape, w.shape), "[B, N, D] and [S, D, E]")
+    _check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
+    num_slots = x.shape[1] if token_of is None else token_of.shape[1]
+    segments = _check_segments(op, segments, x.shape[0], num_slots)
+    run = _choose(op, implementation, {"w": w, "segments": segments, "num_slots": num_slots}, interpret)
+    return run(x, w, segments=segments, token_of=token_of, slot_of=slot_of)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gather import gather_sum
 from pallas_kernels.segments import Segments, where_real
 
 CHUNK = 64  # divides SEGMENT_ALIGNMENT, so that a chunk lies in one segment
@@ -270,11 +271,13 @@ def _chunk_matmul_backward(residuals, dy):
 _chunk_matmul.defvjp(_chunk_matmul_forward, _chunk_matmul_backward)
 
 
-def grouped_matmul(x, w, *, segments):
+def grouped_matmul(x, w, *, segments, token_of, slot_of):
     """See :func:`pallas_kernels.api.grouped_matmul`.
 
     A loop over the chunks that some row uses, for all rows at once: hardly more arithmetic than is useful.
     """
+    if token_of is not None:
+        x = gather_sum(x, token_of[..., None], slot_of)
     batch, num_slots, width = x.shape
     real = segments.is_real(num_slots)
     chunks = jnp.moveaxis(where_real(real, x).reshape(batch, -1, CHUNK, width), 1, 0)

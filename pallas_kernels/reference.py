@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.gather import gather_sum
 from pallas_kernels.segments import Segments, where_real
 
 State = Any  # a rule's own pytree; for the rules here one array [..., H, K, V]
@@ -99,8 +100,10 @@ def linear_attention(q, k, v, log_decay, *, segments, run_ids, initial_state, sc
     )
 
 
-def grouped_matmul(x, w, *, segments):
+def grouped_matmul(x, w, *, segments, token_of, slot_of):
     """See :func:`pallas_kernels.api.grouped_matmul`. Multiplies every slot by every matrix: S times the useful work."""
+    if token_of is not None:
+        x = gather_sum(x, token_of[..., None], slot_of)
     num_slots = x.shape[1]
     real = segments.is_real(num_slots)
     choice = jax.nn.one_hot(segments.segment_of(num_slots), w.shape[0], dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""Eight CPU devices for the sharding tests; quick compilation, since almost nothing is run twice."""
+"""Eight CPU devices for the sharding tests; quick compilation, since almost nothing is run twice; shapes are checked."""
 
 import os
 
@@ -12,6 +12,23 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_threefry_partitionable", True)
+
+# Before they are imported: the annotated shapes of the modules that compute are checked at every call.
+CHECKED = ("attention", "generation", "layers", "memory", "model", "routing", "training", "update_rules")
+jaxtyping.install_import_hook([*(f"mom_jax.{name}" for name in CHECKED), "pallas_kernels"], "beartype.beartype")
+
+
+def pytest_configure(config):
+    # flax annotates with typing.Hashable, which beartype has come to dislike (0.23).
+    config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() != "gpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """Implementations of the ops against the float32 scan reference over the table of cases: outputs, states, gradients."""
 
+import itertools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +13,29 @@ from numerics import LIMITS, assert_close, relative_l2
 from pallas_kernels import api
 from pallas_kernels.api import Segments
 
-IMPLEMENTATIONS = [name for name in api.IMPLEMENTATIONS if name != "reference"]
 OPS = ("gated_delta_rule", "linear_attention")
+# Kernels run natively where there is a GPU; in the interpreter on a few cases only, because each takes seconds.
+INTERPRETED_CASES = (
+    "T65", "ragged_runs", "empty_memory", "repeated_keys", "wide", "ragged_runs_per_key", "strong_decay_per_key",
+)  # fmt: skip
+IMPLEMENTATIONS = ("reference", "chunked", pytest.param("triton", marks=pytest.mark.gpu), "interpreted")
+
+
+def calls(cases):
+    """Implementation, op and case of every test against the reference."""
+    for op, case in itertools.product(OPS, cases):
+        yield pytest.param("chunked", op, case, id=f"chunked-{op}-{case}")
+        if op == "linear_attention" or case.decay in (None, "head"):
+            yield pytest.param("triton", op, case, id=f"triton-{op}-{case}", marks=pytest.mark.gpu)
+            if case.id in INTERPRETED_CASES:
+                yield pytest.param("interpreted", op, case, id=f"interpreted-{op}-{case}")
+
+
+def options(implementation):
+    """Arguments of the api: "interpreted" is Triton in the interpreter."""
+    if implementation == "interpreted":
+        return {"implementation": "triton", "interpret": True}
+    return {"implementation": implementation}
 
 
 def run_op(op, inputs, implementation):
@@ -25,7 +49,7 @@ def run_op(op, inputs, implementation):
         positional = [given.pop("q"), given.pop("k"), given.pop("v"), given.pop("log_decay", None)]
         positional += [given.pop("beta")] if op == "gated_delta_rule" else []
         return getattr(api, op)(
-            *positional, segments=inputs["segments"], run_ids=inputs["run_ids"], implementation=implementation, **given
+            *positional, segments=inputs["segments"], run_ids=inputs["run_ids"], **options(implementation), **given
         )
 
     @jax.jit
@@ -38,39 +62,37 @@ def run_op(op, inputs, implementation):
     return all_of_it(arrays)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_matches_reference_in_float32(op, case, implementation):
+@pytest.mark.parametrize(("implementation", "op", "case"), calls(CASES))
+def test_matches_reference_in_float32(implementation, op, case):
     inputs = make_inputs(case)
     actual = run_op(op, inputs, implementation)
     assert_close(actual, run_op(op, inputs, "reference"), LIMITS["float32"], f"{op} {case}")
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", [c for c in CASES if c.id in ("T65", "ragged_runs", "decay_per_key_T130", "wide")], ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_matches_reference_in_bfloat16(op, case, implementation):
+BFLOAT16_CASES = [case for case in CASES if case.id in ("T65", "ragged_runs", "decay_per_key_T130", "wide")]
+
+
+@pytest.mark.parametrize(("implementation", "op", "case"), calls(BFLOAT16_CASES))
+def test_matches_reference_in_bfloat16(implementation, op, case):
     inputs = make_inputs(case, dtype=jnp.bfloat16)
     actual = run_op(op, inputs, implementation)
     assert_close(actual, run_op(op, inputs, "reference"), LIMITS["bfloat16"], f"{op} {case}")
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_two_halves_equal_the_whole(implementation):
     inputs = make_inputs(Case("whole", 150, initial_state=True))
     arrays = [inputs[name] for name in ("q", "k", "v", "log_decay", "beta")]
-    whole, final = api.gated_delta_rule(*arrays, initial_state=inputs["initial_state"], implementation=implementation)
+    op = jax.jit(partial(api.gated_delta_rule, **options(implementation)))
+    whole, final = op(*arrays, initial_state=inputs["initial_state"])
     state, pieces = inputs["initial_state"], []
     for cut in (slice(0, 87), slice(87, 88), slice(88, 150)):
-        o, state = api.gated_delta_rule(
-            *(x[:, cut] for x in arrays), initial_state=state, implementation=implementation
-        )  # fmt: skip
+        o, state = op(*(x[:, cut] for x in arrays), initial_state=state)
         pieces.append(o)
     assert_close((jnp.concatenate(pieces, axis=1), state), (whole, final), LIMITS["float32"])
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dead_slots_are_masked_whatever_they_hold(implementation):
     """Rubbish, NaN included, in dead slots changes nothing: outputs there are zero and nothing flows back into them."""
     inputs = make_inputs(Case("ragged", ((70, 3), (1, 100)), initial_state=True))
@@ -86,7 +108,7 @@ def test_dead_slots_are_masked_whatever_they_hold(implementation):
     assert not np.asarray(dirty["gradient"]["v"])[~real].any()
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_empty_segments_hand_their_state_on_bit_for_bit(implementation):
     case = next(case for case in CASES if case.id == "empty_memory")
     inputs = make_inputs(case)
@@ -113,20 +135,30 @@ def test_reference_equals_a_plain_loop():
     assert relative_l2(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("lengths", [((70, 3, 0), (1, 0, 100)), ((0, 0, 5),)])
-def test_grouped_matmul(lengths):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_grouped_matmul(implementation, lengths, gathered):
+    """Of slots, and of tokens that several slots take."""
     segments = Segments.from_lengths(jnp.array(lengths))
-    num_slots = int(segments.offsets.max()) + 64
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (len(lengths), num_slots, 24))
-    w = jax.random.normal(keys[1], (3, 24, 40))
-    cotangent = jax.random.normal(keys[2], (len(lengths), num_slots, 40))
+    num_slots, num_tokens = int(segments.offsets.max()) + 64, 70
+    rng = np.random.default_rng(0)
+    where = {}
+    if gathered:  # every slot takes a token of its own choice; each token's slots are listed, num_slots for none
+        token_of = np.where(segments.is_real(num_slots), rng.integers(0, num_tokens, (len(lengths), num_slots)), num_tokens)
+        taken = [[np.flatnonzero(row == t) for t in range(num_tokens)] for row in token_of]
+        most = max(len(slots) for row in taken for slots in row)
+        slot_of = [[np.pad(s, (0, most - len(s)), constant_values=num_slots) for s in row] for row in taken]
+        where = {"token_of": jnp.asarray(token_of, jnp.int32), "slot_of": jnp.asarray(slot_of, jnp.int32)}
+    x = jnp.asarray(rng.normal(size=(len(lengths), num_tokens if gathered else num_slots, 32)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(3, 32, 48)), jnp.float32)
+    cotangent = jnp.asarray(rng.normal(size=(len(lengths), num_slots, 48)), jnp.float32)
 
     def run(implementation):
-        y, pull = jax.vjp(lambda x, w: api.grouped_matmul(x, w, segments, implementation=implementation), x, w)
+        y, pull = jax.vjp(lambda x, w: api.grouped_matmul(x, w, segments, **where, **options(implementation)), x, w)
         return y, pull(cotangent)
 
-    assert_close(run("chunked"), run("reference"), LIMITS["float32"])
+    assert_close(run(implementation), run("reference"), LIMITS["float32"])
 
 
 @pytest.mark.parametrize(

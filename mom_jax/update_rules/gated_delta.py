@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig
 from mom_jax.layers import einsum, einsum_float32, l2_norm, normal_param
+from mom_jax.routing import Dispatch
 from pallas_kernels import api
 from pallas_kernels.api import Segments
 
@@ -64,15 +65,16 @@ class GatedDelta(nnx.Module):
             streams["v"] = einsum("btd,dhv->bthv", x, self.shared_v[...], dtype=dtype)
         return streams
 
-    def slot_streams(self, x: Float[Array, "B N D"], segments: Segments) -> Streams:
-        """What depends on the memory, for the tokens in each memory's slots: one grouped matmul for k and v."""
+    def slot_streams(self, x: Float[Array, "B T D"], dispatch: Dispatch) -> Streams:
+        """What depends on the memory, [B, N, H, ...]: one grouped matmul of the dispatched tokens for k and v."""
         if self.config.single_kv_proj:
             return {}
         w = jnp.concatenate([self._stacked("k"), self._stacked("v")], axis=-1).astype(x.dtype)
         kv = api.grouped_matmul(
-            x, w.reshape(w.shape[:2] + (-1,)), segments, implementation=self.config.implementation
+            x, w.reshape(w.shape[:2] + (-1,)), dispatch.segments, token_of=dispatch.token_of, slot_of=dispatch.slot_of,
+            implementation=self.config.implementation,
         )  # fmt: skip
-        kv = kv.reshape(x.shape[:2] + w.shape[2:])
+        kv = kv.reshape(kv.shape[:2] + w.shape[2:])
         return {"k": kv[..., : self.config.head_dim], "v": kv[..., self.config.head_dim :]}
 
     def chosen_streams(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:

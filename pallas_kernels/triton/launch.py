@@ -1,0 +1,55 @@
+"""What all kernels of this package share: the launch, and the products of tiles."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# Given when a program is lowered, so outside our reach but for a filter; README.md says what the way out is.
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How a kernel is cut up; the same results for every choice, up to the order of sums.
+
+    Attributes:
+      tile: side of the tile that one program computes, in elements; each kernel says of which axis.
+      num_warps: warps (of 32 threads) of a program.
+      num_stages: depth of the software pipeline of loads.
+    """
+
+    tile: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def launch(
+    kernel: Callable, *operands, name: str, grid, in_specs, out_specs, out_shape, config: KernelConfig, interpret: bool
+):
+    """Runs ``kernel`` over ``grid``; ``name`` is what compiled programs and profiles call it."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        name=name,
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+    )(*operands)
+
+
+def dot(a: jax.Array, b: jax.Array, dtype) -> jax.Array:
+    """a b with operands in ``dtype`` and a float32 result.
+
+    float32 operands are split into three bfloat16 parts each, six products: as exact as float32, on the tensor cores, and
+    compiled in a second (HIGHEST, without tensor cores, takes half a minute). Never TF32.
+    """
+    precision = lax.DotAlgorithmPreset.BF16_BF16_F32_X6 if dtype == jnp.float32 else None
+    return jnp.dot(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)

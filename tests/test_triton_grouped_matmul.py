@@ -1,0 +1,118 @@
+"""The Triton grouped matmul in the interpreter, where unwritten outputs and reads out of bounds are NaN."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import LIMITS, assert_close
+
+from mom_jax.routing import Dispatch
+from pallas_kernels.segments import Segments
+from pallas_kernels.triton.grouped_matmul import GroupedMatmulConfig, SlotList, TileConfig, grouped_matmul
+
+TILE = TileConfig(tile=128, columns=64, depth=32)
+# Tiles of different sizes, so that list and tiles are aligned differently; pieces smaller than the segments.
+CONFIG = GroupedMatmulConfig(TILE, replace(TILE, tile=64), replace(TILE, depth=64), split=128)
+
+# Lengths of each segment, a tuple a row; slots after the last segment; D; E.
+CASES = {
+    "ragged": (((70, 3, 64, 1), (0, 128, 5, 66), (65, 0, 0, 200)), 64, 32, 64),
+    "one_row": (((1, 0, 130),), 0, 16, 48),
+    "one_slot": (((1,),), 0, 16, 16),
+    "all_in_one_segment": (((0, 200, 0), (0, 320, 0)), 128, 48, 128),
+    "nothing_at_all": (((0, 0), (0, 0)), 64, 16, 32),
+}
+
+
+def products(x, w, dy, segments):
+    """y, dx, dw in float64, slot by slot; dead slots count for nothing."""
+    offsets, lengths = np.asarray(segments.offsets), np.asarray(segments.lengths)
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    y, dx, dw = np.zeros(dy.shape), np.zeros(x.shape), np.zeros(w.shape)
+    for b, s in np.ndindex(lengths.shape):
+        n = slice(offsets[b, s], offsets[b, s] + lengths[b, s])
+        y[b, n], dx[b, n] = x[b, n] @ w[s], dy[b, n] @ w[s].T
+        dw[s] += x[b, n].T @ dy[b, n]
+    return y, dx, dw
+
+
+def run(x, w, dy, **arguments):
+    @jax.jit
+    def f(x, w, dy):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, interpret=True, **arguments), x, w)
+        return y, *pull(dy)
+
+    return f(x, w, dy)
+
+
+def make(rng, lengths, spare, depth, width, dtype):
+    segments = Segments.from_lengths(jnp.asarray(lengths))
+    num_slots = int(segments.offsets[:, -1].max()) + spare
+    x, dy = (rng.normal(size=(len(lengths), num_slots, width)) for width in (depth, width))
+    dead = ~np.asarray(segments.is_real(num_slots))
+    x[dead], dy[dead] = np.nan, np.nan
+    w = rng.normal(size=(len(lengths[0]), depth, width))
+    return *(jnp.asarray(a, dtype) for a in (x, w, dy)), segments
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_products_and_gradients(rng, case):
+    x, w, dy, segments = make(rng, *CASES[case], "float32")
+    assert_close(run(x, w, dy, segments=segments, config=CONFIG), products(x, w, dy, segments), LIMITS["float32"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_default_tiles(rng, dtype):
+    x, w, dy, segments = make(rng, *CASES["ragged"], dtype)
+    assert_close(run(x, w, dy, segments=segments), products(x, w, dy, segments), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 70])
+def test_gather_by_token(rng, num_tokens):
+    """The same as on slots gathered before, dx summed over each token's slots; padded tokens have none."""
+    memories = np.sort(rng.permuted(np.tile(np.arange(4), (2, num_tokens, 1)), axis=-1)[..., :2])
+    mask = np.arange(num_tokens) >= np.array([[0], [num_tokens // 3]])
+    dispatch = jax.jit(Dispatch.of, static_argnums=(2, 3))(memories.astype(np.int32), mask, 4, False)
+    token_of, slot_of = np.asarray(dispatch.token_of), np.asarray(dispatch.slot_of)
+    num_slots, row = token_of.shape[1], np.arange(2)[:, None]
+    x, w, dy = (rng.normal(size=s).astype(np.float32) for s in ((2, num_tokens, 32), (4, 32, 64), (2, num_slots, 64)))
+    x[~mask], dy[token_of == num_tokens] = np.nan, np.nan
+
+    y, dx_slots, dw = products(np.pad(x, [(0, 0), (0, 1), (0, 0)])[row, token_of], w, dy, dispatch.segments)
+    dx = np.pad(dx_slots, [(0, 0), (0, 1), (0, 0)])[row[..., None], slot_of].sum(axis=2)
+    arguments = {"segments": dispatch.segments, "token_of": dispatch.token_of, "slot_of": dispatch.slot_of}
+    assert_close(run(*map(jnp.asarray, (x, w, dy)), config=CONFIG, **arguments), (y, dx, dw), LIMITS["float32"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("align, gap", [(64, 0), (256, 64)])
+def test_slot_list(case, align, gap):
+    """Every slot once; real slots in their segment's part, in order; padding names no slot."""
+    lengths, spare = CASES[case][:2]
+    segments = Segments.from_lengths(jnp.asarray(lengths))
+    gaps = gap * jnp.arange(1, segments.num_segments + 2)  # dead slots before the first segment and after each
+    segments = segments._replace(offsets=segments.offsets + gaps)
+    num_slots = int(segments.offsets[:, -1].max()) + spare
+    slots = jax.jit(SlotList.of, static_argnums=(1, 2))(segments, num_slots, align)
+    none = len(lengths) * num_slots
+    listed = np.asarray(slots.slot)
+    np.testing.assert_array_equal(np.sort(listed[listed < none]), np.arange(none))
+
+    real, owner = (np.asarray(a).reshape(-1) for a in (segments.is_real(num_slots), segments.segment_of(num_slots)))
+    segment = np.repeat(np.asarray(slots.segment), align)
+    for s in range(segments.num_segments):
+        mine = np.flatnonzero(real & (owner == s))
+        assert slots.count[s] == mine.size and slots.start[s] % align == 0
+        np.testing.assert_array_equal(listed[slots.start[s] :][: mine.size], mine)
+        part = listed[segment == s]
+        assert part.size == -(-mine.size // align) * align and (part[mine.size :] == none).all()
+
+
+def test_arguments_that_do_not_fit(rng):
+    x, w, _, segments = make(rng, *CASES["one_row"], "float32")
+    with pytest.raises(ValueError, match="multiples of 16"):
+        grouped_matmul(x[..., :8], w[:, :8], segments=segments)
+    with pytest.raises(ValueError, match="given together"):
+        grouped_matmul(x, w, segments=segments, token_of=jnp.zeros(x.shape[:2], jnp.int32))

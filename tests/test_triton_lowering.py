@@ -1,0 +1,109 @@
+"""Without a GPU: kernels lower for CUDA, compile to H200 code where the CUDA plugin is installed, and are really used."""
+
+import collections
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import jax.experimental.topologies
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
+from models import small
+
+from mom_jax.model import bind, init_params
+from mom_jax.training import loss_and_metrics
+from pallas_kernels import api
+from pallas_kernels.api import Segments
+
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+MESH = AbstractMesh((1, 1), ("data", "memory"), axis_types=(AxisType.Auto,) * 2, abstract_device=H200)
+TARGET = Path(__file__).parent / "data/h200.gpu_target_config.pbtxt"
+has_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+CALLS = [
+    ("gated_delta_rule", "head", "bfloat16", 256, 256),
+    ("gated_delta_rule", "head", "bfloat16", 128, 128),
+    ("gated_delta_rule", None, "float32", 32, 48),
+    ("gated_delta_rule", "head", "bfloat16", 16, 1280),
+    ("linear_attention", None, "bfloat16", 64, 16),
+    ("linear_attention", "head", "float32", 256, 64),
+    ("linear_attention", "key", "bfloat16", 256, 256),
+    ("linear_attention", "key", "float32", 16, 32),
+]
+
+
+def lower(function, *arguments):
+    with use_abstract_mesh(MESH):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def kernels(lowered) -> collections.Counter:
+    """How often each kernel occurs in a lowered program, by name."""
+    calls = [line for line in lowered.as_text().splitlines() if "__gpu$xla.gpu.triton" in line]
+    return collections.Counter(re.search(r'name = "(\w+)"', call)[1] for call in calls)
+
+
+def op_with_gradients(op, decay, dtype, key, value):
+    """A function of the op and all its gradients over ragged segments with runs, and its arguments' shapes."""
+    batch, num_slots, heads, count = 2, 256, 2, 3
+
+    def array(*shape, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    keys, values = (array(batch, num_slots, heads, width, dtype=dtype) for width in (key, value))
+    gate, state = array(batch, num_slots, heads), array(batch, count, heads, key, value)
+    decay = {None: None, "head": gate, "key": array(batch, num_slots, heads, key)}[decay]
+    segments = Segments(array(batch, count + 1, dtype="int32"), array(batch, count, dtype="int32"))
+    arrays = (keys, keys, values, decay, gate)[: 5 if op == "gated_delta_rule" else 4]
+
+    def function(arrays, state, segments, run_ids, cotangents):
+        def run(arrays, state):
+            return getattr(api, op)(
+                *arrays, segments=segments, run_ids=run_ids, initial_state=state, implementation="triton"
+            )  # fmt: skip
+
+        outputs, pull = jax.vjp(run, arrays, state)
+        return outputs, pull(cotangents)
+
+    return function, (arrays, state, segments, array(batch, num_slots, dtype="int32"), (values, state))
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_recurrences_lower(call):
+    function, arguments = op_with_gradients(*call)
+    stage = "recurrence_per_key" if call[1] == "key" else "recurrence_prepare"
+    expected = {stage: 1, "recurrence_scan": 1, "recurrence_scan_grad": 1, "recurrence_gradients": 1}
+    assert kernels(lower(function, *arguments)) == expected | ({"recurrence_per_key_grad": 1} if call[1] == "key" else {})
+
+
+@pytest.mark.skipif(not has_plugin, reason="needs JAX's CUDA plugin (jax-cuda12-plugin and jax-cuda12-pjrt)")
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_recurrences_compile_for_the_h200(call):
+    """Shared memory that overflows and what the compiler refuses are found here."""
+    topology = jax.experimental.topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology="1x1x1", target_config=TARGET.read_text()
+    )
+    function, arguments = op_with_gradients(*call)
+    device = SingleDeviceSharding(topology.devices[0])
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), arguments)
+    lower(function, *arguments).compile()
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_model_uses_the_kernels(remat):
+    """None chooses Triton for CUDA, for the forward and the backward pass: nothing falls back silently."""
+    config = small(num_layers=1, remat=remat)
+    params, variables = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((2, 128), "int32"))
+
+    def gradient(params, variables, batch):
+        return jax.grad(lambda p: loss_and_metrics(bind(config, p, variables), batch, 128), has_aux=True)(params)
+
+    forward = {"grouped_matmul": 1, "recurrence_prepare": 1, "recurrence_scan": 1}
+    backward = {
+        "grouped_matmul_dx": 1, "grouped_matmul_dw": 1, "grouped_matmul_dw_add": 1, "recurrence_scan_grad": 1,
+        "recurrence_gradients": 1,
+    }  # fmt: skip
+    times = 2 if remat == "full" else 1  # the backward pass computes the forward pass again
+    assert kernels(lower(gradient, params, variables, batch)) == {k: times * n for k, n in forward.items()} | backward

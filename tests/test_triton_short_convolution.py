@@ -1,0 +1,138 @@
+"""The short convolution's kernels, in the interpreter, against mom_jax.layers: values and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES
+from numerics import LIMITS, assert_close
+
+from mom_jax.layers import l2_norm
+from mom_jax.layers import short_convolution as plain_short_convolution
+from mom_jax.routing import Dispatch
+from pallas_kernels.segments import Segments, where_real
+from pallas_kernels.triton.launch import KernelConfig
+from pallas_kernels.triton.short_convolution import short_convolution
+
+RAGGED = {case.id: case for case in CASES if not isinstance(case.lengths, int)}
+# One slot at a time compiles fastest in the interpreter; tiles that do not divide the row have a ragged last block.
+CONFIGS = {"config": KernelConfig(tile=32, num_stages=1), "grad_config": KernelConfig(tile=48, num_stages=1)}
+
+
+def both(rng, segments, num_slots, head_shape, *, width=4, runs=None, history=None, bias=None, dtype=jnp.float32, **options):
+    """Values and gradients of the kernels, with NaN in dead slots, and of plain JAX, with zeros there."""
+    batch, count = segments.lengths.shape
+    real = segments.is_real(num_slots)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def rubbish(a):
+        return jnp.where(real[..., None, None], a, jnp.nan)
+
+    x = normal(batch, num_slots, *head_shape).astype(dtype)
+    arguments = {"x": where_real(real, x), "weight": normal(width, *head_shape)}
+    if bias:
+        arguments["bias"] = normal(*head_shape)
+    if history:
+        arguments["history"] = normal(batch, count, width - 1, *head_shape).astype(dtype)
+    run_ids = jnp.asarray(np.cumsum(rng.uniform(size=(batch, num_slots)) < 0.1, axis=1), jnp.int32) if runs else None
+    cotangent = normal(*x.shape).astype(dtype)
+
+    def plain(a):
+        y = plain_short_convolution(a["x"], a["weight"], a.get("bias"), segments, run_ids, a.get("history"))
+        return where_real(real, l2_norm(y) * options["factor"] if options.get("normalize") else y).astype(dtype)
+
+    def kernels(a):
+        return short_convolution(
+            a["x"], a["weight"], a.get("bias"), segments, run_ids, a.get("history"), interpret=True, **CONFIGS, **options
+        )
+
+    def run(f):
+        def values_and_gradients(a, cotangent):
+            y, pull = jax.vjp(f, a)
+            return y, pull(cotangent)[0]
+
+        return jax.jit(values_and_gradients)
+
+    actual = run(kernels)(arguments | {"x": rubbish(arguments["x"])}, rubbish(cotangent))
+    expected = run(plain)(arguments, cotangent)
+    dead = ~np.asarray(real)
+    assert not np.asarray(actual[0])[dead].any() and not np.asarray(actual[1]["x"])[dead].any()
+    return actual, expected
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("ragged", {"history": True, "bias": True}),
+        ("empty_memory", {"normalize": True, "factor": 0.5, "history": True}),
+        ("ragged_runs", {"runs": True}),
+        ("ragged_runs", {"runs": True, "history": True, "normalize": True, "factor": 1.0}),
+    ],
+    ids=str,
+)
+def test_ragged_segments(rng, name, options):
+    case = RAGGED[name]
+    segments = Segments.from_lengths(jnp.array(case.lengths))
+    num_slots = int(segments.offsets[:, -1].max()) + case.spare
+    actual, expected = both(rng, segments, num_slots, (2, 16), **options)
+    assert_close(actual, expected, LIMITS["float32"])
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_widths_of_the_window(rng, width):
+    """Segments shorter than the window, at the end of a row that is not a multiple of the tile too."""
+    segments = Segments.from_lengths(jnp.array([[1, 2, 3, 4], [3, 0, 5, 1]]))
+    actual, expected = both(rng, segments, 200, (1, 16), width=width, history=width > 1, bias=True)
+    assert_close(actual, expected, LIMITS["float32"])
+
+
+@pytest.mark.parametrize("normalize, head_shape", [(True, (4, 64)), (False, (3, 48))])
+def test_bfloat16_and_widths_of_heads(rng, normalize, head_shape):
+    segments = Segments.from_lengths(jnp.array([[20, 44]]))
+    options = {"normalize": normalize, "factor": 1.0, "dtype": jnp.bfloat16}
+    actual, expected = both(rng, segments, 128, head_shape, **options)
+    assert_close(actual, expected, LIMITS["bfloat16"])
+
+
+def test_tokens_are_gathered_into_slots(rng):
+    """One kernel for the dispatch and the convolution; the gradient of a token is the sum over its slots."""
+    batch, num_tokens, memories = 2, 40, 3
+    chosen = np.stack([rng.permutation(memories)[:2] for _ in range(batch * num_tokens)])
+    chosen = jnp.asarray(chosen.reshape(batch, num_tokens, 2), jnp.int32)
+    mask = jnp.asarray(rng.uniform(size=(batch, num_tokens)) < 0.9)
+    dispatch = jax.jit(lambda: Dispatch.of(chosen, mask, memories, has_shared=False))()
+    x = jnp.asarray(rng.normal(size=(batch, num_tokens, 2, 16)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(4, 2, 16)), jnp.float32)
+    segments, num_slots = dispatch.segments, dispatch.token_of.shape[1]
+    cotangent = where_real(segments.is_real(num_slots), jnp.asarray(rng.normal(size=(batch, num_slots, 2, 16)), jnp.float32))
+
+    @jax.jit
+    def gathered(x, weight, cotangent):
+        def f(x, weight):
+            return short_convolution(
+                x, weight, None, segments, token_of=dispatch.token_of, slot_of=dispatch.slot_of, interpret=True, **CONFIGS
+            )
+
+        y, pull = jax.vjp(f, x, weight)
+        return y, pull(cotangent)
+
+    @jax.jit
+    def plain(x, weight, cotangent):
+        def f(x, weight):
+            y = plain_short_convolution(dispatch.to_slots(x), weight, None, segments, None, None)
+            return where_real(segments.is_real(num_slots), y)
+
+        y, pull = jax.vjp(f, x, weight)
+        return y, pull(cotangent)
+
+    assert_close(gathered(x, weight, cotangent), plain(x, weight, cotangent), LIMITS["float32"])
+
+
+def test_errors():
+    x, weight, segments = jnp.zeros((1, 64, 1, 48)), jnp.zeros((4, 1, 48)), Segments.full(1, 64)
+    with pytest.raises(ValueError, match="power of two"):
+        short_convolution(x, weight, None, segments, normalize=True)
+    with pytest.raises(ValueError, match="together"):
+        short_convolution(x, weight, None, segments, token_of=jnp.zeros((1, 64), jnp.int32))
