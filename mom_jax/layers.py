@@ -82,14 +82,19 @@ def short_convolution(
         # Inside a segment runs only grow, and a segment's first token never begins one: equal counts, same run.
         valid = rank >= tap
         if run is not None:
-            valid &= run == jnp.roll(run, tap, axis=1)
-        shifted = jnp.roll(x32, tap, axis=1)
-        y += jnp.where(valid.reshape(valid.shape + trailing), shifted, 0) * weight[-1 - tap]
+            valid &= run == _later(run, tap)
+        y += jnp.where(valid.reshape(valid.shape + trailing), _later(x32, tap), 0) * weight[-1 - tap]
     if history is not None and width > 1:
         y = _add_history(y, weight, segments, run, history)
     if bias is not None:
         y += bias
     return jax.nn.silu(y).astype(x.dtype)
+
+
+def _later(x, slots):
+    """``x`` [B, N, ...] moved on by some slots; a padding, which XLA fuses with what uses it, unlike a roll."""
+    slots = min(slots, x.shape[1])
+    return jnp.pad(x[:, : x.shape[1] - slots], [(0, 0), (slots, 0)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _add_history(y, weight, segments, run, history):

@@ -310,6 +310,13 @@ SCRIPTS = {
         ],
         ["config.json", "results.json"],
     ),
+    "benchmark_kernels.py": (
+        lambda workshop, output: [
+            "--works", "small", "small_grouped_matmul", "--implementations", "chunked", "--rounds", "1", "--calls", "1",
+            "--output", str(output),
+        ],
+        ["kernels.json", "kernels.md"],
+    ),
     "evaluate.py": (
         lambda workshop, output: [
             "--run", str(workshop.uninterrupted("windows")), "--output", str(output / "figures.json"),
@@ -329,6 +336,22 @@ def test_experiments_run_two_steps(workshop, tmp_path, script):
     flags, files = SCRIPTS[script]
     workshop.run(workshop.command(script, *flags(workshop, tmp_path)))
     assert [pattern for pattern in files if not list(tmp_path.glob(pattern))] == []
+
+
+def test_an_interrupted_comparison_is_finished(tmp_path, monkeypatch, capsys):
+    """An arm that the output already holds is not trained again; results of other settings are refused."""
+    flags = [*SCRIPTS["train_mqar.py"][0](None, tmp_path), "--train-rows", "8"]
+    monkeypatch.setattr(sys, "argv", ["train_mqar.py", *flags])
+    runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
+    results = json.loads((tmp_path / "results.json").read_text())
+    marked = {"mom": results["mom"] | {"parameters": -1}}
+    (tmp_path / "results.json").write_text(json.dumps(marked))
+    runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
+    assert json.loads((tmp_path / "results.json").read_text()) == results | marked
+    monkeypatch.setattr(sys, "argv", ["train_mqar.py", *flags, "--seeds", "2"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
+    assert "it holds results of other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

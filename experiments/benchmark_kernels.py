@@ -1,0 +1,287 @@
+"""Times the sequence ops and the grouped matmul: implementations side by side, each first checked against the reference.
+
+    python experiments/benchmark_kernels.py --output docs/results/kernels        one NVIDIA GPU, about 3 minutes
+
+Prints a table and writes it with all figures as JSON. A time is the median over rounds of queued calls, so the host's launch
+is hidden; cotangents are random. The floor is what the device's own measured matmul and copy rates allow: the larger of
+
+    bytes / copy rate    inputs read once and outputs written once (with gradients: twice, and the cotangent)
+    FLOP / matmul rate   B T H (6 K V + 4 C (K + V)), C = 64, for the ops (with gradients: 3.5 times); 2 N D E a product
+
+A work whose implementation is wrong (relative L2 error over the tests' limits) is not timed and ends the run with status 1.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cli import run
+
+from mom_jax.config import require
+from pallas_kernels import api
+from pallas_kernels.api import Segments
+
+LIMIT = 2e-2  # relative L2 error in bfloat16 against the float32 reference
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A sequence op over rows of T tokens in equal segments."""
+
+    op: str
+    batch: int
+    tokens: int
+    heads: int
+    key: int
+    value: int
+    segments: int = 4
+    decay: str | None = "head"
+
+    @property
+    def flops(self) -> float:
+        per_token = 6 * self.key * self.value + 4 * 64 * (self.key + self.value)
+        return self.batch * self.tokens * self.heads * per_token
+
+    @property
+    def bytes(self) -> float:
+        return 2 * self.batch * self.tokens * self.heads * (2 * self.key + 2 * self.value) + self.gate_bytes
+
+    @property
+    def gate_bytes(self) -> float:
+        width = self.key if self.decay == "key" else 1
+        return 4 * self.batch * self.tokens * self.heads * (width + 1)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A grouped matmul of one row of slots in uneven groups; ``product``: forward, dx or dw."""
+
+    product: str
+    slots: int = 131_072
+    depth: int = 1024
+    width: int = 2048
+
+    @property
+    def flops(self) -> float:
+        return 2 * self.slots * self.depth * self.width
+
+    @property
+    def bytes(self) -> float:
+        return 2 * (self.slots * (self.depth + self.width) + 4 * self.depth * self.width)
+
+
+WORKS: dict[str, Recurrence | Grouped] = {
+    "gated_delta_rule_256": Recurrence("gated_delta_rule", 16, 4096, 4, 256, 256),
+    "gated_delta_rule_128": Recurrence("gated_delta_rule", 16, 4096, 8, 128, 128),
+    "gated_delta_rule_one_segment": Recurrence("gated_delta_rule", 16, 4096, 4, 256, 256, segments=1),
+    "gated_delta_rule_long": Recurrence("gated_delta_rule", 1, 65_536, 4, 256, 256, segments=1),
+    "linear_attention": Recurrence("linear_attention", 16, 4096, 4, 256, 256),
+    "linear_attention_per_key": Recurrence("linear_attention", 16, 4096, 4, 256, 256, decay="key"),
+    "small": Recurrence("gated_delta_rule", 1, 128, 2, 16, 16, segments=2),
+    "small_grouped_matmul": Grouped("dw", 256, 32, 32),
+    "grouped_matmul": Grouped("forward"),
+    "grouped_matmul_dx": Grouped("dx"),
+    "grouped_matmul_dw": Grouped("dw"),
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkKernels:
+    """What to time."""
+
+    works: tuple[str, ...] = tuple(name for name in WORKS if not name.startswith("small"))
+    """Names of WORKS in this file; those named small are for a CPU."""
+    implementations: tuple[str, ...] = ("triton", "chunked")
+    """Implementations to set side by side."""
+    rounds: int = 5
+    """Rounds of which the median is taken."""
+    calls: int = 8
+    """Calls queued in a round."""
+    output: str = "runs/benchmark_kernels"
+    """Directory of the table and the figures."""
+
+    def __post_init__(self):
+        for name in self.works:
+            require(name in WORKS, "works", name, f"choose from {', '.join(WORKS)}")
+        for name in ("rounds", "calls"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
+
+
+def milliseconds(config: BenchmarkKernels, function: Callable, *arguments) -> float:
+    """Time of a call."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(config.rounds):
+        start = time.perf_counter()
+        for _ in range(config.calls):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / config.calls)
+    return 1e3 * statistics.median(times)
+
+
+def device_rates(config: BenchmarkKernels) -> tuple[float, float]:
+    """FLOP/s of a large bfloat16 matmul and bytes/s of a large copy, measured."""
+    side, length = (512, 2**20) if jax.default_backend() == "cpu" else (8192, 2**29)
+    x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    matmul = 2 * side**3 / milliseconds(config, jax.jit(jnp.matmul), x, x)
+    big = jax.random.normal(jax.random.key(0), (length,), jnp.bfloat16)
+    copy = 2 * big.nbytes / milliseconds(config, jax.jit(lambda x: -x), big)
+    return 1e3 * matmul, 1e3 * copy
+
+
+def recurrence_inputs(work: Recurrence) -> tuple:
+    """q, k, v, log-decay, beta (of the delta rule), segments, and cotangents of the output and the final state."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    shape = (work.batch, work.tokens, work.heads)
+
+    def unit(width):
+        x = jax.random.normal(next(keys), (*shape, width))
+        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(jnp.bfloat16)
+
+    q, k = unit(work.key), unit(work.key)
+    v, do = (jax.random.normal(next(keys), (*shape, work.value), jnp.bfloat16) for _ in range(2))
+    gate_shape = {"head": shape, "key": (*shape, work.key), None: None}[work.decay]
+    log_decay = None if gate_shape is None else -0.1 * jax.random.exponential(next(keys), gate_shape)
+    arrays = (q, k, v, log_decay)
+    if work.op == "gated_delta_rule":
+        arrays += (jax.random.uniform(next(keys), shape),)
+    segments = Segments.from_lengths(jnp.full((work.batch, work.segments), work.tokens // work.segments, jnp.int32))
+    state = (work.batch, work.segments, work.heads, work.key, work.value)
+    return arrays, segments, (do, jax.random.normal(next(keys), state))
+
+
+def recurrence(work: Recurrence, implementation: str, arrays, segments):
+    return getattr(api, work.op)(*arrays, segments=segments, implementation=implementation)
+
+
+def with_gradients(work: Recurrence, implementation: str, arrays, segments, cotangents):
+    outputs, pull = jax.vjp(lambda arrays: recurrence(work, implementation, arrays, segments), arrays)
+    return outputs, pull(cotangents)
+
+
+def relative_error(actual, expected) -> float:
+    """The largest relative L2 error of the leaves, NaN if there is one."""
+    errors = []
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        errors.append(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-6))
+    return float(np.max(errors))
+
+
+def check_recurrence(work: Recurrence, implementation: str) -> float:
+    """The error of outputs, states and gradients on a few hundred tokens."""
+    few = Recurrence(work.op, 2, 256, min(work.heads, 2), work.key, work.value, 2, work.decay)
+    inputs = recurrence_inputs(few)
+    actual = jax.jit(partial(with_gradients, few, implementation))(*inputs)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
+    return relative_error(actual, jax.jit(partial(with_gradients, few, "reference"))(*exact))
+
+
+def time_recurrence(config: BenchmarkKernels, work: Recurrence, implementation: str) -> dict[str, float]:
+    arrays, segments, cotangents = recurrence_inputs(work)
+    forward = jax.jit(partial(recurrence, work, implementation))
+    both = jax.jit(partial(with_gradients, work, implementation))
+    return {
+        "forward": milliseconds(config, forward, arrays, segments),
+        "with gradients": milliseconds(config, both, arrays, segments, cotangents),
+    }
+
+
+def grouped_inputs(work: Grouped) -> tuple:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shares = jnp.array([[0.45, 0.3, 0.15, 0.1]])
+    lengths = (shares * work.slots).astype(jnp.int32) // 64 * 64
+    x = jax.random.normal(keys[0], (1, work.slots, work.depth), jnp.bfloat16)
+    w = jax.random.normal(keys[1], (4, work.depth, work.width), jnp.bfloat16)
+    return x, w, Segments.from_lengths(lengths), jax.random.normal(keys[2], (1, work.slots, work.width), jnp.bfloat16)
+
+
+def grouped(work: Grouped, implementation: str, x, w, segments, dy):
+    def product(x, w):
+        return api.grouped_matmul(x, w, segments, implementation=implementation)
+
+    if work.product == "forward":
+        return product(x, w)
+    if work.product == "dx":
+        return jax.vjp(lambda x: product(x, w), x)[1](dy)
+    return jax.vjp(lambda w: product(x, w), w)[1](dy)
+
+
+def check_grouped(work: Grouped, implementation: str) -> float:
+    few = Grouped(work.product, 1024, 256, 256)
+    inputs = grouped_inputs(few)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
+    actual = jax.jit(partial(grouped, few, implementation))(*inputs)
+    return relative_error(actual, jax.jit(partial(grouped, few, "reference"))(*exact))
+
+
+def time_grouped(config: BenchmarkKernels, work: Grouped, implementation: str) -> dict[str, float]:
+    return {work.product: milliseconds(config, jax.jit(partial(grouped, work, implementation)), *grouped_inputs(work))}
+
+
+def floor(work: Recurrence | Grouped, what: str, matmul_rate: float, copy_rate: float) -> float:
+    """Milliseconds that the device's measured rates allow."""
+    flops, traffic = work.flops, work.bytes
+    if what == "with gradients":
+        flops, traffic = 3.5 * flops, 2.5 * traffic
+    return 1e3 * max(flops / matmul_rate, traffic / copy_rate)
+
+
+def main(config: BenchmarkKernels) -> dict:
+    matmul_rate, copy_rate = device_rates(config)
+    device = jax.devices()[0].device_kind
+    rates = f"matmul {matmul_rate / 1e12:.0f} TFLOP/s, copy {copy_rate / 1e12:.2f} TB/s"
+    title = f"{device}, jax {jax.__version__}, {date.today()}: {rates}"
+    print(title)
+    rows, wrong = [], []
+    for name in config.works:
+        work = WORKS[name]
+        check, measure = check_grouped, time_grouped
+        if isinstance(work, Recurrence):
+            check, measure = check_recurrence, time_recurrence
+        for implementation in config.implementations:
+            error = check(work, implementation)
+            if not error <= LIMIT:
+                wrong.append(f"{name} {implementation}: relative error {error:.2g} > {LIMIT}")
+                print(wrong[-1])
+                continue
+            for what, ms in measure(config, work, implementation).items():
+                lowest = floor(work, what, matmul_rate, copy_rate)
+                flops = work.flops * (3.5 if what == "with gradients" else 1)
+                row = {
+                    "work": name, "implementation": implementation, "what": what, "ms": ms, "tflops": flops / ms / 1e9,
+                    "floor_ms": lowest, "percent_of_floor": 100 * lowest / ms, "error": error,
+                }  # fmt: skip
+                rows.append(row)
+                print(format_row(row), flush=True)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    figures = {"device": device, "jax": jax.__version__, "date": str(date.today()), "rows": rows}
+    figures |= {"matmul_flops_per_s": matmul_rate, "copy_bytes_per_s": copy_rate}
+    (output / "kernels.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    heading = "| work | implementation | what | ms | TFLOP/s | floor, ms | % of floor | error |\n" + "|---" * 8 + "|"
+    table = "\n".join([title, "", heading, *map(format_row, rows)])
+    (output / "kernels.md").write_text(table + "\n", encoding="utf-8")
+    if wrong:
+        raise ValueError("wrong results, not timed: " + "; ".join(wrong))
+    return figures
+
+
+def format_row(row: dict) -> str:
+    return (
+        f"| {row['work']} | {row['implementation']} | {row['what']} | {row['ms']:.3f} | {row['tflops']:.0f} "
+        f"| {row['floor_ms']:.2f} | {row['percent_of_floor']:.0f} | {row['error']:.1e} |"
+    )
+
+
+if __name__ == "__main__":
+    run(BenchmarkKernels, main, __doc__)
