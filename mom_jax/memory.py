@@ -9,18 +9,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import (
-    convolution_history,
-    einsum,
-    normal_param,
-    ones_param,
-    rms_norm,
-    short_convolution,
-    short_convolution_step,
-)
+from mom_jax.layers import einsum, normal_param, ones_param
 from mom_jax.routing import Dispatch, Router, Routing
 from mom_jax.sharding import constrain
 from mom_jax.update_rules import UPDATE_RULES
+from pallas_kernels import api
 from pallas_kernels.api import SEGMENT_ALIGNMENT
 
 
@@ -98,52 +91,54 @@ class MixtureOfMemories(nnx.Module):
         Returns:
           y, the routing, and the state after the piece.
         """
-        routing = self.router(x, mask)
-        if x.shape[1] < SEGMENT_ALIGNMENT:
-            o, new_state = self._step_through(x, routing, mask, documents, state)
-        else:
-            o, new_state = self._run_dispatched(x, routing, mask, documents, state)
-        o = rms_norm(constrain(o, "bthv"), self.out_norm[...], self.config.norm_eps)
+        routing, gate = self.router(x, mask), None
         if self.config.use_output_gate:
-            o = o * jax.nn.silu(einsum("btd,dhv->bthv", x, self.w_g[...], dtype=self.config.dtype))
-        y = einsum("bthv,hvd->btd", o, self.w_o[...], dtype=self.config.dtype)
+            gate = einsum("btd,dhv->bthv", x, self.w_g[...], dtype=self.config.dtype)
+        run = self._step_through if x.shape[1] < SEGMENT_ALIGNMENT else self._run_dispatched
+        o, new_state = run(x, routing, gate, mask, documents, state)
+        y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype)
         return constrain(y, "btd"), routing, None if state is None else new_state
 
     def _convolution(self, stream: str) -> tuple[jax.Array, jax.Array | None]:
         bias = getattr(self, f"conv_{stream}_bias")[...] if self.config.conv_bias else None
         return getattr(self, f"conv_{stream}")[...], bias
 
-    def _run_dispatched(self, x, routing, mask, documents, state):
+    def _run_dispatched(self, x, routing, gate, mask, documents, state):
         dispatch = Dispatch.of(routing.memories, mask, self.num_memories, self.config.shared_memory)
-        segments = dispatch.segments
+        segments, where = dispatch.segments, {"token_of": dispatch.token_of, "slot_of": dispatch.slot_of}
         run_ids = None if documents is None else dispatch.integers_to_slots(documents)
-        streams = {name: dispatch.to_slots(stream) for name, stream in self.rule.token_streams(x).items()}
-        if not self.config.single_kv_proj:
-            streams |= self.rule.slot_streams(x, dispatch)
+        of_tokens = self.rule.token_streams(x)
+        of_slots = {} if self.config.single_kv_proj else self.rule.slot_streams(x, dispatch)
         gates = self.rule.gates(x, routing.memories)
         gates = {name: dispatch.choices_to_slots(gate) for name, gate in gates.items()}
 
+        history = recurrent = None
         if state is not None:
             state, document = _enter(state, segments, run_ids)
+            history, recurrent = state.history, state.recurrent
         convolved = {
-            name: short_convolution(
-                stream, *self._convolution(name), segments, run_ids, None if state is None else state.history[name]
+            name: api.short_convolution(
+                stream, *self._convolution(name), segments, run_ids, None if history is None else history[name],
+                normalize=name in self.rule.normalized, **(where if name in of_tokens else {}),
+                implementation=self.config.implementation,
             )
-            for name, stream in streams.items()
-        }
-        recurrent = None if state is None else state.recurrent
+            for name, stream in (of_tokens | of_slots).items()
+        }  # fmt: skip
         o, recurrent = self.rule.run(convolved, gates, segments, run_ids, recurrent)
-        weights = dispatch.choices_to_slots(routing.weights)[..., None, None]
-        o = (o.astype(jnp.float32) * weights).astype(o.dtype)
         if state is not None:
+            streams = {name: dispatch.to_slots(stream) for name, stream in of_tokens.items()} | of_slots
             history = {
-                name: convolution_history(stream, segments, run_ids, state.history[name])
+                name: api.convolution_history(stream, segments, run_ids, history[name])
                 for name, stream in streams.items()
             }
             state = MemoryState(recurrent, history, document)
-        return dispatch.to_tokens(o), state
+        o = api.combine_gated_rms_norm(
+            o, routing.weights, gate, self.out_norm[...], self.config.norm_eps, choice_of=dispatch.choice_of, **where,
+            implementation=self.config.implementation,
+        )  # fmt: skip
+        return o, state
 
-    def _step_through(self, x, routing, mask, documents, state):
+    def _step_through(self, x, routing, gate, mask, documents, state):
         batch, num_tokens = x.shape[:2]
         memories = routing.memories
         shape = memories.shape
@@ -165,8 +160,8 @@ class MixtureOfMemories(nnx.Module):
             )
             convolved, history = {}, {}
             for name, stream in streams.items():
-                convolved[name], history[name] = short_convolution_step(
-                    stream, *self._convolution(name), entered[1][name]
+                convolved[name], history[name] = api.short_convolution_step(
+                    stream, *self._convolution(name), entered[1][name], normalize=name in self.rule.normalized
                 )  # fmt: skip
             o, recurrent = self.rule.step(convolved, gates, entered[0])
             new = MemoryState(recurrent, history, jnp.full_like(old.document, document))
@@ -181,7 +176,8 @@ class MixtureOfMemories(nnx.Module):
         tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens)
         before = self.init_state(batch) if state is None else state
         after, o = lax.scan(jax.vmap(step), before, tokens)
-        return jnp.moveaxis(o, 0, 1), after
+        o = jnp.moveaxis(o, 0, 1)
+        return api.gated_rms_norm(o, gate, self.out_norm[...], self.config.norm_eps), after
 
 
 def _enter(state: MemoryState, segments, run_ids) -> tuple[MemoryState, jax.Array]:

@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax.attention import Attention, AttentionState
 from mom_jax.config import ModelConfig, require
-from mom_jax.layers import SwiGLU, einsum_float32, normal_param, ones_param, rms_norm
+from mom_jax.layers import SwiGLU, einsum_float32, normal_param, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
 from mom_jax.sharding import constrain
+from pallas_kernels.api import rms_norm
 
 MIXERS = {"mom": MixtureOfMemories, "attention": Attention}
 Params = dict[str, Any]  # a pure-dict tree of arrays

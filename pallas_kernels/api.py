@@ -10,17 +10,22 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import chunked, reference, triton
 from pallas_kernels.gather import gather_sum
+from pallas_kernels.layer_ops import convolution_history, gated_rms_norm, l2_norm, rms_norm, short_convolution_step
 from pallas_kernels.reference import delta_step
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 
 __all__ = [
-    "SEGMENT_ALIGNMENT", "Segments", "delta_step", "gated_delta_rule", "gather_sum", "grouped_matmul", "linear_attention",
+    "SEGMENT_ALIGNMENT", "Segments", "combine_gated_rms_norm", "convolution_history", "delta_step", "gated_delta_rule",
+    "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm", "linear_attention", "rms_norm", "short_convolution",
+    "short_convolution_step",
 ]  # fmt: skip
 
 # In the order in which None tries them.
 IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "chunked": chunked, "reference": reference}
 PALLAS = ("triton",)
 PLANNED = ("mosaic_tpu",)
+# Kernels that are right in the interpreter but have not been run on a GPU: only for those who name them.
+UNTRIED = (("triton", "short_convolution"), ("triton", "combine_gated_rms_norm"))
 
 
 def unsupported_reason(op: str, implementation: str, arrays: dict, *, interpret: bool = False) -> str | None:
@@ -40,7 +45,9 @@ def _choose(op: str, implementation: str | None, arrays: dict, interpret: bool) 
     Raises:
       ValueError: the name is unknown. NotImplementedError: the named one cannot run this call.
     """
-    names = list(IMPLEMENTATIONS) if implementation is None else [implementation]
+    names = [implementation]
+    if implementation is None:
+        names = [name for name in IMPLEMENTATIONS if (name, op) not in UNTRIED]
     reasons = {name: unsupported_reason(op, name, arrays, interpret=interpret) for name in names}
     for name, reason in reasons.items():
         if reason is None:
@@ -216,3 +223,69 @@ def grouped_matmul(
     segments = _check_segments(op, segments, x.shape[0], num_slots)
     run = _choose(op, implementation, {"w": w, "segments": segments, "num_slots": num_slots}, interpret)
     return run(x, w, segments=segments, token_of=token_of, slot_of=slot_of)
+
+
+def short_convolution(
+    x: Float[Array, "B P H K"],
+    weight: Float[Array, "W H K"],
+    bias: Float[Array, "H K"] | None,
+    segments: Segments,
+    run_ids: Int[Array, "B N"] | None = None,
+    history: Float[Array, "B S W-1 H K"] | None = None,
+    *,
+    normalize: bool = False,
+    token_of: Int[Array, "B N"] | None = None,
+    slot_of: Int[Array, "B T R"] | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B N H K"]:
+    """Depthwise causal convolution with SiLU over the tokens of each segment; with ``normalize``, l2 norm of each head::
+
+        s_n = silu(bias + sum_w weight[W-1-w] x_{n-w})        y_n = s_n / sqrt(sum_k s_nk^2 + 1e-6)   or   y_n = s_n
+
+    x before a segment's first token is its history, else zero. Taps never reach into another segment or run.
+
+    Args:
+      x: slots, of the compute type; with ``token_of`` tokens, of which each slot n takes row token_of[n].
+      weight: float32; the last tap is the current token's.
+      run_ids: see :func:`gated_delta_rule`; taps stop where they change.
+      history: the W-1 inputs before each segment's first slot, which are of that token's run; None: zeros.
+      token_of, slot_of: see :func:`grouped_matmul`.
+
+    Returns:
+      y, of x's dtype; the arithmetic is float32. What dead slots get is not said: the ops that follow mask them.
+    """
+    op = "short_convolution"
+    _check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
+    run = _choose(op, implementation, {"x": x}, interpret)
+    return run(x, weight, bias, segments, run_ids, history, normalize=normalize, token_of=token_of, slot_of=slot_of)
+
+
+def combine_gated_rms_norm(
+    o: Float[Array, "B N H V"],
+    weights: Float[Array, "B T R"],
+    gate: Float[Array, "B T H V"] | None,
+    scale: Float[Array, "V"],
+    eps: float,
+    *,
+    slot_of: Int[Array, "B T R"],
+    token_of: Int[Array, "B N"],
+    choice_of: Int[Array, "B N"],
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H V"]:
+    """The weighted sum over each token's slots, root-mean-square norm over each head, and a SiLU gate::
+
+        o_t = sum_r weights[t, r] o[slot_of[t, r]]        y_t = o_t / sqrt(mean_v(o_tv^2) + eps) * scale * silu(gate_t)
+
+    Args:
+      o: slots; what dead slots hold does not matter.
+      weights: float32. gate: None: no gate.
+      slot_of: each token's slots, N for none; its inverse is ``token_of``, each slot's token, T if dead, with
+        ``choice_of``, token * R + r.
+
+    Returns:
+      y, of o's dtype, zero for tokens without a slot.
+    """
+    run = _choose("combine_gated_rms_norm", implementation, {"x": o}, interpret)
+    return run(o, weights, gate, scale, eps, slot_of=slot_of, token_of=token_of, choice_of=choice_of)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gather import gather_sum
+from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
 from pallas_kernels.segments import Segments, where_real
 
 CHUNK = 64  # divides SEGMENT_ALIGNMENT, so that a chunk lies in one segment

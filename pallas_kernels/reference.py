@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gather import gather_sum
+from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
 from pallas_kernels.segments import Segments, where_real
 
 State = Any  # a rule's own pytree; for the rules here one array [..., H, K, V]

@@ -23,6 +23,10 @@ IMPLEMENTATIONS = ("reference", "chunked", pytest.param("triton", marks=pytest.m
 
 def calls(cases):
     """Implementation, op and case of every test against the reference."""
+    return list(_calls(cases))
+
+
+def _calls(cases):
     for op, case in itertools.product(OPS, cases):
         yield pytest.param("chunked", op, case, id=f"chunked-{op}-{case}")
         if op == "linear_attention" or case.decay in (None, "head"):

@@ -36,7 +36,7 @@ REFUSED = [
     (ModelConfig, {"update_rule": "lstm"}, "update_rule", "choose one of 'gated_deltanet'"),
     (ModelConfig, {"balance_loss_form": "none"}, "balance_loss_form", "choose one of 'per_layer', 'global'"),
     (ModelConfig, {"dtype": "float16"}, "dtype", "choose one of 'float32', 'bfloat16'"),
-    (ModelConfig, {"implementation": "cuda"}, "implementation", "choose one of None, 'reference', 'chunked'"),
+    (ModelConfig, {"implementation": "cuda"}, "implementation", "choose one of None, 'triton', 'chunked', 'reference'"),
     (ModelConfig, {"remat": "some"}, "remat", "choose one of 'none', 'dots', 'full'"),
     *((ModelConfig, {name: value}, name, "None or an id below vocab_size = 32000") for value in (-1, 32000) for name in (
         "bos_token_id", "eos_token_id", "pad_token_id",

@@ -12,8 +12,8 @@ from models import draw, small
 from numerics import assert_close, relative_l2
 
 from mom_jax import layers
-from mom_jax.layers import SwiGLU, convolution_history, l2_norm, rms_norm, short_convolution, short_convolution_step
-from pallas_kernels.api import Segments
+from mom_jax.layers import SwiGLU
+from pallas_kernels.api import Segments, convolution_history, l2_norm, rms_norm, short_convolution, short_convolution_step
 
 LENGTHS = ((70, 0, 2, 64, 1), (1, 66, 3, 0, 5))
 SLOTS, HEADS, WIDTH = 384, 2, 3

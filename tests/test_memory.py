@@ -15,7 +15,7 @@ from models import mixer_of, run_pieces, small
 from numerics import LIMITS, assert_close
 from oracle import mom_row
 
-from mom_jax.layers import short_convolution
+from pallas_kernels import api
 from pallas_kernels.api import Segments
 
 LIMIT = LIMITS["float32"]
@@ -103,7 +103,7 @@ def test_dead_slots_after_the_convolution_touch_no_state(implementation):
     def convolved(name, width):
         x = np.where(real[:, None, None], rng.normal(size=(num_slots, 2, width)), 0).astype(np.float32)[None]
         weight, bias = layer._convolution(name)
-        return short_convolution(jnp.asarray(x), weight, bias, segments, None, None)
+        return api.short_convolution(jnp.asarray(x), weight, bias, segments, normalize=name != "v")
 
     streams = {name: convolved(name, width) for name, width in (("q", 16), ("k", 16), ("v", 32))}
     assert np.abs(np.asarray(streams["v"])[0, 3:6]).mean() > 0.01  # the convolution's tail

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numerics import LIMITS, assert_close
 
-from mom_jax.layers import rms_norm
 from mom_jax.routing import Dispatch
+from pallas_kernels.layer_ops import rms_norm
 from pallas_kernels.triton.gated_rms_norm import combine_gated_rms_norm, gated_rms_norm
 from pallas_kernels.triton.launch import KernelConfig
 

@@ -90,20 +90,24 @@ def test_recurrences_compile_for_the_h200(call):
     lower(function, *arguments).compile()
 
 
+@pytest.mark.parametrize("implementation", [None, "triton"])
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_model_uses_the_kernels(remat):
+def test_model_uses_the_kernels(remat, implementation):
     """None chooses Triton for CUDA, for the forward and the backward pass: nothing falls back silently."""
-    config = small(num_layers=1, remat=remat)
+    config = small(num_layers=1, remat=remat, implementation=implementation)
     params, variables = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((2, 128), "int32"))
 
     def gradient(params, variables, batch):
         return jax.grad(lambda p: loss_and_metrics(bind(config, p, variables), batch, 128), has_aux=True)(params)
 
-    forward = {"grouped_matmul": 1, "recurrence_prepare": 1, "recurrence_scan": 1}
+    forward = {"grouped_matmul": 2, "recurrence_prepare": 1, "recurrence_scan": 1}  # k and v
     backward = {
-        "grouped_matmul_dx": 1, "grouped_matmul_dw": 1, "grouped_matmul_dw_add": 1, "recurrence_scan_grad": 1,
+        "grouped_matmul_dx": 2, "grouped_matmul_dw": 2, "grouped_matmul_dw_add": 2, "recurrence_scan_grad": 1,
         "recurrence_gradients": 1,
     }  # fmt: skip
+    if implementation == "triton":  # kernels that None does not choose yet
+        forward |= {"short_convolution": 3, "gated_rms_norm": 1}  # q, k and v
+        backward |= {"short_convolution_grad": 3, "gated_rms_norm_grad": 1, "gated_rms_norm_slots_grad": 1}
     times = 2 if remat == "full" else 1  # the backward pass computes the forward pass again
     assert kernels(lower(gradient, params, variables, batch)) == {k: times * n for k, n in forward.items()} | backward

@@ -1,4 +1,4 @@
-"""The short convolution's kernels, in the interpreter, against mom_jax.layers: values and every gradient."""
+"""The short convolution's kernels, in the interpreter, against plain JAX: values and every gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ import pytest
 from cases import CASES
 from numerics import LIMITS, assert_close
 
-from mom_jax.layers import l2_norm
-from mom_jax.layers import short_convolution as plain_short_convolution
 from mom_jax.routing import Dispatch
+from pallas_kernels.layer_ops import l2_norm
+from pallas_kernels.layer_ops import short_convolution as plain_short_convolution
 from pallas_kernels.segments import Segments, where_real
 from pallas_kernels.triton.launch import KernelConfig
 from pallas_kernels.triton.short_convolution import short_convolution

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import einsum, einsum_float32, l2_norm, normal_param
+from mom_jax.layers import einsum, einsum_float32, normal_param
 from mom_jax.routing import Dispatch
 from pallas_kernels import api
 from pallas_kernels.api import Segments
@@ -27,6 +27,8 @@ class GatedDelta(nnx.Module):
     through the short convolution: {"q", "k": [..., H, K], "v": [..., H, V]}; *gates* do not:
     {"log_decay", "beta": float32 [..., H]}. The state of a memory is one float32 matrix a head, [H, K, V].
     """
+
+    normalized = ("q", "k")  # streams whose heads are divided by their l2 norm after the convolution
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -66,16 +68,20 @@ class GatedDelta(nnx.Module):
         return streams
 
     def slot_streams(self, x: Float[Array, "B T D"], dispatch: Dispatch) -> Streams:
-        """What depends on the memory, [B, N, H, ...]: one grouped matmul of the dispatched tokens for k and v."""
+        """What depends on the memory, [B, N, H, ...]: grouped matmuls of the dispatched tokens."""
         if self.config.single_kv_proj:
             return {}
-        w = jnp.concatenate([self._stacked("k"), self._stacked("v")], axis=-1).astype(x.dtype)
-        kv = api.grouped_matmul(
-            x, w.reshape(w.shape[:2] + (-1,)), dispatch.segments, token_of=dispatch.token_of, slot_of=dispatch.slot_of,
-            implementation=self.config.implementation,
-        )  # fmt: skip
-        kv = kv.reshape(kv.shape[:2] + w.shape[2:])
-        return {"k": kv[..., : self.config.head_dim], "v": kv[..., self.config.head_dim :]}
+
+        def project(name):
+            w = self._stacked(name).astype(x.dtype)
+            y = api.grouped_matmul(
+                x, w.reshape(w.shape[:2] + (-1,)), dispatch.segments, token_of=dispatch.token_of,
+                slot_of=dispatch.slot_of, implementation=self.config.implementation,
+            )  # fmt: skip
+            return y.reshape(y.shape[:2] + w.shape[2:])
+
+        # Two products and not one of both: kernels want their operands whole, so its halves would be copied.
+        return {"k": project("k"), "v": project("v")}
 
     def chosen_streams(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
         """What depends on the memory, for each token in each of its memories, [B, T, R, H, ...]: for short inputs.
@@ -105,16 +111,16 @@ class GatedDelta(nnx.Module):
         return {name: jnp.sum(jnp.where(chosen, g[:, :, None], 0), axis=3) for name, g in gates.items()}
 
     def run(self, streams: Streams, gates: Streams, segments: Segments, run_ids, state) -> tuple[jax.Array, jax.Array]:
-        """The op over slots; streams and gates are [B, N, ...]. Returns outputs [B, N, H, V] and the final state."""
+        """The op over slots; normalised streams and gates are [B, N, ...]. Returns outputs [B, N, H, V] and final state."""
         return api.gated_delta_rule(
-            l2_norm(streams["q"]), l2_norm(streams["k"]), streams["v"], gates["log_decay"], gates["beta"],
+            streams["q"], streams["k"], streams["v"], gates["log_decay"], gates["beta"],
             segments=segments, run_ids=run_ids, initial_state=state, implementation=self.config.implementation,
         )  # fmt: skip
 
     def step(self, streams: Streams, gates: Streams, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One token into some memories; arrays have any leading axes. Returns outputs [..., H, V] and the new state."""
-        q = l2_norm(streams["q"]).astype(jnp.float32) * self.config.head_dim**-0.5
-        state, o = api.delta_step(state, q, l2_norm(streams["k"]), streams["v"], gates["log_decay"], gates["beta"])
+        q = streams["q"].astype(jnp.float32) * self.config.head_dim**-0.5
+        state, o = api.delta_step(state, q, streams["k"], streams["v"], gates["log_decay"], gates["beta"])
         return o.astype(streams["v"].dtype), state
 
     def init_state(self, *leading: int) -> jax.Array:

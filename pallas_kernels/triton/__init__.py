@@ -2,10 +2,15 @@
 
 import jax
 
+from pallas_kernels.triton.gated_rms_norm import combine_gated_rms_norm
 from pallas_kernels.triton.grouped_matmul import grouped_matmul
 from pallas_kernels.triton.recurrence import gated_delta_rule, linear_attention
+from pallas_kernels.triton.short_convolution import short_convolution
 
-__all__ = ["gated_delta_rule", "grouped_matmul", "linear_attention", "unsupported_reason"]
+__all__ = [
+    "combine_gated_rms_norm", "gated_delta_rule", "grouped_matmul", "linear_attention", "short_convolution",
+    "unsupported_reason",
+]  # fmt: skip
 
 MAX_ELEMENTS = 2**31 - 1  # the kernels count elements in int32
 
@@ -19,7 +24,9 @@ def unsupported_reason(op: str, arrays: dict[str, jax.Array | None], *, interpre
         return f"it needs an NVIDIA GPU or interpret=True, and the platform is {platform}"
     if mesh.size > 1 and not mesh.are_all_axes_manual:
         return "over several devices it is not yet wrapped in shard_map, without which every device would do all the work"
-    if op == "grouped_matmul":
+    if op in ("short_convolution", "combine_gated_rms_norm"):
+        elements = arrays["x"].size
+    elif op == "grouped_matmul":
         sizes = {"D": arrays["w"].shape[1], "E": arrays["w"].shape[2]}
         for name, size in sizes.items():
             if size % 16:

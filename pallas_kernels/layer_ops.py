@@ -1,0 +1,152 @@
+"""The memory-bound ops around the recurrences, in plain JAX: norms, the short convolution, the combination of memories."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.gather import gather_sum
+from pallas_kernels.segments import Segments
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; the result is of x's dtype (arXiv 1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normed * scale).astype(x.dtype)
+
+
+def l2_norm(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B K"]:
+    """x / sqrt(sum(x^2) + eps) over the last axis, in float32; the result is of x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def short_convolution(
+    x: Float[Array, "B P *C"],
+    weight: Float[Array, "W *C"],
+    bias: Float[Array, "*C"] | None,
+    segments: Segments,
+    run_ids: Int[Array, "B N"] | None,
+    history: Float[Array, "B S W-1 *C"] | None,
+    *,
+    normalize: bool = False,
+    token_of: Int[Array, "B N"] | None = None,
+    slot_of: Int[Array, "B T R"] | None = None,
+) -> Float[Array, "B N *C"]:
+    """See :func:`pallas_kernels.api.short_convolution`. Dead slots come out with rubbish."""
+    if token_of is not None:
+        x = gather_sum(x, token_of[..., None], slot_of)
+    num_slots, width = x.shape[1], weight.shape[0]
+    trailing = (1,) * (x.ndim - 2)
+    rank = segments.rank(num_slots)
+    run = None if run_ids is None else jnp.cumsum(segments.starts_run(run_ids), axis=1)
+    x32 = x.astype(jnp.float32)
+    y = x32 * weight[-1]
+    for tap in range(1, width):
+        # Inside a segment runs only grow, and a segment's first token never begins one: equal counts, same run.
+        valid = rank >= tap
+        if run is not None:
+            valid &= run == _later(run, tap)
+        y += jnp.where(valid.reshape(valid.shape + trailing), _later(x32, tap), 0) * weight[-1 - tap]
+    if history is not None and width > 1:
+        y = _add_history(y, weight, segments, run, history)
+    if bias is not None:
+        y += bias
+    y = jax.nn.silu(y).astype(x.dtype)
+    return l2_norm(y) if normalize else y
+
+
+def _later(x, slots):
+    """``x`` [B, N, ...] moved on by some slots; a padding, which XLA fuses with what uses it, unlike a roll."""
+    slots = min(slots, x.shape[1])
+    return jnp.pad(x[:, : x.shape[1] - slots], [(0, 0), (slots, 0)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _add_history(y, weight, segments, run, history):
+    """Adds to the first W-1 slots of every segment what the tokens before the segment give them."""
+    width, num_slots = weight.shape[0], y.shape[1]
+    history = history.astype(jnp.float32)
+    early = [
+        sum(weight[-1 - tap] * history[:, :, width - 1 + rank - tap] for tap in range(rank + 1, width))
+        for rank in range(width - 1)
+    ]
+    ranks = jnp.arange(width - 1, dtype=jnp.int32)
+    slots = segments.offsets[:, :-1, None] + ranks
+    reached = ranks < segments.lengths[..., None]
+    if run is not None:
+        before = jnp.take_along_axis(run, jnp.minimum(segments.offsets[:, :-1], num_slots - 1), axis=1)
+        at = jnp.take_along_axis(run, jnp.minimum(slots, num_slots - 1).reshape(run.shape[0], -1), axis=1)
+        reached &= at.reshape(slots.shape) == before[..., None]
+    slots = jnp.where(reached, slots, num_slots)  # beyond the row: dropped
+
+    def row(y, slots, early):
+        return y.at[slots].add(early, mode="drop", unique_indices=False)
+
+    return jax.vmap(row)(y, slots, jnp.stack(early, axis=2))
+
+
+def convolution_history(
+    x: Float[Array, "B N *C"],
+    segments: Segments,
+    run_ids: Int[Array, "B N"] | None,
+    history: Float[Array, "B S past *C"],
+) -> Float[Array, "B S past *C"]:
+    """The last W-1 inputs of every segment, older ``history`` included, zero where they are of an older run."""
+    count, num_slots = history.shape[2], x.shape[1]
+    if count == 0:
+        return history
+    lengths = segments.lengths[..., None]
+    place = lengths - count + jnp.arange(count)  # rank in the segment; negative: in the old history
+    slots = jnp.clip(segments.offsets[:, :-1, None] + place, 0, num_slots - 1)
+    is_new, is_old = place >= 0, place < 0
+    if run_ids is not None:
+        run = jnp.cumsum(segments.starts_run(run_ids), axis=1)
+
+        def run_at(slots):
+            return jax.vmap(lambda run, slots: run[slots])(run, jnp.clip(slots, 0, num_slots - 1))
+
+        first = run_at(segments.offsets[:, :-1, None])
+        last = run_at(segments.offsets[:, :-1, None] + lengths - 1)
+        is_new &= run_at(slots) == last
+        is_old &= (first == last) | (lengths == 0)
+
+    def row(x, history, slots, place, is_new, is_old):
+        shape = is_new.shape + (1,) * (x.ndim - 1)
+        old = jax.vmap(lambda history, place: history[place])(history, jnp.clip(place + count, 0, count - 1))
+        new = x[slots].astype(history.dtype)
+        return jnp.where(is_new.reshape(shape), new, jnp.where(is_old.reshape(shape), old, 0))
+
+    return jax.vmap(row)(x, history, slots, place, is_new, is_old)
+
+
+def short_convolution_step(
+    x: Float[Array, "R *C"],
+    weight: Float[Array, "W *C"],
+    bias: Float[Array, "*C"] | None,
+    history: Float[Array, "R W-1 *C"],
+    normalize: bool = False,
+) -> tuple[Float[Array, "R *C"], Float[Array, "R W-1 *C"]]:
+    """One token of :func:`short_convolution` in R memories: its outputs and the histories after it."""
+    window = jnp.concatenate([history, x[:, None].astype(history.dtype)], axis=1)
+    y = jnp.sum(window.astype(jnp.float32) * weight, axis=1)
+    if bias is not None:
+        y += bias
+    y = jax.nn.silu(y).astype(x.dtype)
+    return l2_norm(y) if normalize else y, window[:, 1:]
+
+
+def gated_rms_norm(
+    o: Float[Array, "*B V"], gate: Float[Array, "*B V"] | None, scale: Float[Array, "V"], eps: float
+) -> Float[Array, "*B V"]:
+    """rms_norm(o) * silu(gate), of o's dtype; ``gate`` None: no gate."""
+    o = rms_norm(o, scale, eps)
+    return o if gate is None else o * jax.nn.silu(gate)
+
+
+def combine_gated_rms_norm(o, weights, gate, scale, eps, *, slot_of, token_of, choice_of):
+    """See :func:`pallas_kernels.api.combine_gated_rms_norm`."""
+    batch = weights.shape[0]
+    weights = gather_sum(weights.reshape(batch, -1), choice_of[..., None], slot_of.reshape(batch, -1, 1))
+    o = (o.astype(jnp.float32) * weights[..., None, None]).astype(o.dtype)
+    return gated_rms_norm(gather_sum(o, slot_of, token_of[..., None]), gate, scale, eps)
