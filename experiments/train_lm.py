@@ -1,6 +1,6 @@
 """Train a Mixture-of-Memories language model on a prepared token file (experiments/prepare_text.py).
 
-    python experiments/train_lm.py --config experiments/configs/shakespeare.json           2 CPU cores, about 10 minutes
+    python experiments/train_lm.py --config experiments/configs/shakespeare.json           2 CPU cores, about 9 minutes
     python experiments/train_lm.py --preset mom_340m --data.path DIRECTORY --output runs/mom_340m              one H200
 
 Writes into --output: config.json, tokenizer/, checkpoints/, metrics.jsonl, TensorBoard events, loss_curves.png,

@@ -310,6 +310,12 @@ SCRIPTS = {
         ],
         ["config.json", "results.json"],
     ),
+    "benchmark_training.py": (
+        lambda workshop, output: [
+            "--presets", "tiny", "--batch-sizes", "1", "--sequence-length", "64", "--steps", "1", "--output", str(output),
+        ],
+        ["training.json"],
+    ),
     "benchmark_kernels.py": (
         lambda workshop, output: [
             "--works", "small", "small_grouped_matmul", "--implementations", "chunked", "--rounds", "1", "--calls", "1",

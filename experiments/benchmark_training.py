@@ -1,0 +1,139 @@
+"""Times training steps of the presets on random tokens: tokens/s, MFU and peak memory.
+
+    python experiments/benchmark_training.py --output docs/results/training      one NVIDIA GPU, about 5 minutes
+
+Each step is timed from its start to its loss on the host, after two that are not; the median counts. MFU is the share of
+--peak-tflops (dense bfloat16; 989 is the H200's datasheet) that useful arithmetic takes, nothing recomputed counted:
+
+    FLOP a token = 6 (matmul parameters that a token meets) + 3 L (R + shared) H (6 K V + 4 C (K + V)),  C = 64
+
+A token meets k and v of R memories and the shared one, all gates, the router and the head, and no embedding.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import jax
+import numpy as np
+from cli import run
+
+from mom_jax.config import PRESETS, MeshConfig, ModelConfig, TrainConfig, require
+from mom_jax.sharding import make_mesh, use_mesh
+from mom_jax.training import make_state, make_train_step, place
+
+
+@dataclass(frozen=True)
+class BenchmarkTraining:
+    """What to time."""
+
+    presets: tuple[str, ...] = ("mom_340m", "mom_1_3b")
+    """Names of presets."""
+    implementations: tuple[str, ...] = ("default",)
+    """Implementations of the ops, "default" for the one that training takes."""
+    batch_sizes: tuple[int, ...] = (8, 32)
+    """Rows a step."""
+    sequence_length: int = 2048
+    """T, tokens in a row."""
+    steps: int = 8
+    """Timed steps."""
+    remat: str = "full"
+    """What the backward pass recomputes in each layer: none, dots or full."""
+    peak_tflops: float = 989.0
+    """Dense bfloat16 peak of the device, TFLOP/s."""
+    output: str = "runs/benchmark_training"
+    """Directory of the figures."""
+
+    def __post_init__(self):
+        for name in self.presets:
+            require(name in PRESETS, "presets", name, f"choose from {', '.join(PRESETS)}")
+        require(self.steps > 0, "steps", self.steps, "it must be positive")
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Useful floating-point operations of a training step for a token; every layer a MoM layer."""
+    d, h, k, v = config.hidden_size, config.num_heads, config.head_dim, config.value_head_dim
+    used, all_memories = config.top_k + config.shared_memory, config.num_memories + config.shared_memory
+    key_value = d * h * (k + v) * (1 if config.single_kv_proj else used)
+    gates = 2 * d * h * (1 if config.single_kv_proj else all_memories)
+    mixer = d * h * k + key_value + gates + d * config.num_memories + d * h * v * (1 + config.use_output_gate)
+    layer = mixer + 3 * d * config.mlp_size
+    recurrence = used * h * (6 * k * v + 4 * 64 * (k + v))
+    return 6 * (config.num_layers * layer + d * config.vocab_size) + 3 * config.num_layers * recurrence
+
+
+def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> dict:
+    """Times, memory and losses of one setting."""
+    train = TrainConfig(steps=config.steps + 2, warmup_steps=0)
+    mesh, rng = make_mesh(MeshConfig()), np.random.default_rng(0)
+    shape = (batch_size, config.sequence_length)
+    with use_mesh(mesh):
+        state = make_state(model, train, mesh)
+        batch = {name: rng.integers(0, model.vocab_size, shape).astype(np.int32) for name in ("tokens", "targets")}
+        batch = place(batch, mesh)
+        step = jax.jit(make_train_step(model, train), donate_argnums=0).lower(state, batch).compile()
+        seconds, losses = [], []
+        for _ in range(config.steps + 2):
+            start = time.perf_counter()
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            seconds.append(time.perf_counter() - start)
+    second = statistics.median(seconds[2:])
+    tokens_per_second = batch_size * config.sequence_length / second
+    statistics_of_memory = jax.devices()[0].memory_stats() or {}
+    return {
+        "ms": 1e3 * second, "tokens_per_second": tokens_per_second,
+        "mfu": tokens_per_second * flops_per_token(model) / (1e12 * config.peak_tflops),
+        "peak_gib_so_far": statistics_of_memory.get("peak_bytes_in_use", 0) / 2**30,
+        "compiled_gib": _compiled_bytes(step) / 2**30, "losses": losses,
+    }  # fmt: skip
+
+
+def _compiled_bytes(step) -> int:
+    """What the compiled step needs at once: arguments, results that are not in their place, temporaries."""
+    memory = step.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+
+
+def main(config: BenchmarkTraining) -> dict:
+    device = jax.devices()[0].device_kind
+    rows = []
+    print(f"{device}, jax {jax.__version__}, {date.today()}, T = {config.sequence_length}, remat {config.remat}")
+    for preset in config.presets:
+        for implementation in config.implementations:
+            chosen = None if implementation == "default" else implementation
+            model = PRESETS[preset](implementation=chosen, remat=config.remat)
+            require(not model.attention.layers, "presets", preset, "the FLOP formula is for MoM layers only")
+            for batch_size in config.batch_sizes:
+                row = {"preset": preset, "implementation": implementation, "batch_size": batch_size}
+                try:
+                    row |= measure(config, model, batch_size)
+                except jax.errors.JaxRuntimeError as error:  # out of memory: the other settings still count
+                    row |= {"error": str(error).splitlines()[0]}
+                rows.append(row)
+                print(format_row(row), flush=True)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(config)
+    figures = {"device": device, "jax": jax.__version__, "date": str(date.today()), "settings": settings, "rows": rows}
+    (output / "training.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return figures
+
+
+def format_row(row: dict) -> str:
+    start = f"{row['preset']:>20} {row['implementation']:>9} {row['batch_size']:>4} rows: "
+    if "error" in row:
+        return start + row["error"]
+    return start + (
+        f"{row['ms']:8.1f} ms a step, {row['tokens_per_second']:>9,.0f} tokens/s, MFU {100 * row['mfu']:4.1f} %, "
+        f"{row['compiled_gib']:5.1f} GiB (peak so far {row['peak_gib_so_far']:.1f}), loss {row['losses'][-1]:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    run(BenchmarkTraining, main, __doc__)
