@@ -5,7 +5,7 @@
 Prints a table and writes it with all figures as JSON. A time is the median over rounds of queued calls, so the host's launch
 is hidden; cotangents are random. The floor is what the device's own measured matmul and copy rates allow: the larger of
 
-    bytes / copy rate    inputs read once and outputs written once (with gradients: twice, and the cotangent)
+    bytes / copy rate    inputs read once and outputs written once, states not counted (with gradients: 2.5 times)
     FLOP / matmul rate   B T H (6 K V + 4 C (K + V)), C = 64, for the ops (with gradients: 3.5 times); 2 N D E a product
 
 A work whose implementation is wrong (relative L2 error over the tests' limits) is not timed and ends the run with status 1.
@@ -56,8 +56,8 @@ class Recurrence:
 
     @property
     def gate_bytes(self) -> float:
-        width = self.key if self.decay == "key" else 1
-        return 4 * self.batch * self.tokens * self.heads * (width + 1)
+        width = {None: 0, "head": 1, "key": self.key}[self.decay] + (self.op == "gated_delta_rule")
+        return 4 * self.batch * self.tokens * self.heads * width
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of matmuls and activations; parameters, routing, gates, norms and states stay float32."""
     implementation: Literal["triton", "chunked", "reference"] | None = None
-    """Implementation of the sequence ops; None: the fastest that supports the call."""
+    """Implementation of the ops over 64 tokens and more; None: the fastest that is proven for the call and the device."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes in each layer: nothing, all but matmul results, or everything."""
     bos_token_id: int | None = 1

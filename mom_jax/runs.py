@@ -33,12 +33,16 @@ class Run(NamedTuple):
     data: DataConfig
 
 
+DEFAULTS = {"remat": "none", "implementation": None}
+
+
 def load_run(directory: str | os.PathLike, *, best: bool = False, **overrides: Any) -> Run:
     """What a directory of experiments/train_lm.py holds, of the newest whole checkpoint.
 
     Args:
       best: of the kept checkpoint with the lowest held-out loss instead.
-      overrides: fields of ModelConfig, such as ``dtype``; without them the run's, but ``remat="none"``.
+      overrides: fields of ModelConfig, such as ``dtype``; without them the run's, but for what depends on the machine:
+        ``remat="none"`` and ``implementation=None``.
 
     Raises:
       FileNotFoundError: there is no run, no checkpoint or no tokenizer. RuntimeError: all checkpoints are damaged.
@@ -52,7 +56,7 @@ def load_run(directory: str | os.PathLike, *, best: bool = False, **overrides: A
         raise FileNotFoundError(f"{directory} has no {TOKENIZER}/: the command that trained it, run again, adds that")
     step = find_step(checkpoints, best)
     values = load_config(checkpoints, step)
-    config = dataclasses.replace(from_dict(ModelConfig, values["model"]), **{"remat": "none"} | overrides)
+    config = dataclasses.replace(from_dict(ModelConfig, values["model"]), **DEFAULTS | overrides)
     # The routers' biases of loss-free balancing move the selection: they belong to the model as the parameters do.
     variables = load_params(checkpoints, step=step, part="variables") if config.router_bias_rate > 0 else {}
     model = bind(config, load_params(checkpoints, step=step), variables)

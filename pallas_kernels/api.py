@@ -24,18 +24,21 @@ __all__ = [
 IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "chunked": chunked, "reference": reference}
 PALLAS = ("triton",)
 PLANNED = ("mosaic_tpu",)
-# Kernels that are right in the interpreter but have not been run on a GPU: only for those who name them.
-UNTRIED = (("triton", "short_convolution"), ("triton", "combine_gated_rms_norm"))
 
 
-def unsupported_reason(op: str, implementation: str, arrays: dict, *, interpret: bool = False) -> str | None:
-    """Why ``implementation`` cannot run ``op`` on ``arrays`` (by the names of its arguments) here; None if it can."""
+def unsupported_reason(
+    op: str, implementation: str, arrays: dict, *, interpret: bool = False, named: bool = True
+) -> str | None:
+    """Why ``implementation`` cannot run ``op`` on ``arrays`` (its arguments by name) here; None if it can.
+
+    Not ``named``: why None would not choose it.
+    """
     if implementation in PLANNED:
         return f"the {implementation} implementation of {op} is not written yet"
     if implementation not in IMPLEMENTATIONS:
         return f"there is no such implementation; choose one of {', '.join(IMPLEMENTATIONS)} or None"
     if implementation in PALLAS:
-        return IMPLEMENTATIONS[implementation].unsupported_reason(op, arrays, interpret=interpret)
+        return IMPLEMENTATIONS[implementation].unsupported_reason(op, arrays, interpret=interpret, named=named)
     return None
 
 
@@ -45,15 +48,14 @@ def _choose(op: str, implementation: str | None, arrays: dict, interpret: bool) 
     Raises:
       ValueError: the name is unknown. NotImplementedError: the named one cannot run this call.
     """
-    names = [implementation]
-    if implementation is None:
-        names = [name for name in IMPLEMENTATIONS if (name, op) not in UNTRIED]
-    reasons = {name: unsupported_reason(op, name, arrays, interpret=interpret) for name in names}
+    named = implementation is not None
+    names = [implementation] if named else list(IMPLEMENTATIONS)
+    reasons = {name: unsupported_reason(op, name, arrays, interpret=interpret, named=named) for name in names}
     for name, reason in reasons.items():
         if reason is None:
             function = getattr(IMPLEMENTATIONS[name], op)
             return partial(function, interpret=interpret) if name in PALLAS else function
-    is_known = implementation is None or implementation in PLANNED or implementation in IMPLEMENTATIONS
+    is_known = not named or implementation in PLANNED or implementation in IMPLEMENTATIONS
     error = NotImplementedError if is_known else ValueError
     raise error(f"{op}: implementation = {implementation!r}: {'; '.join(map(str, reasons.values()))}")
 
@@ -73,6 +75,8 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
     power_of_two = key_width & (key_width - 1) == 0
     _check(op, power_of_two and key_width <= 256, "K", key_width, "it must be a power of two up to 256")
     _check(op, value_width % 16 == 0 and 0 < value_width <= 1280, "V", value_width, "a multiple of 16 up to 1280")
+    is_number = scale is None or not isinstance(scale, jax.Array)
+    _check(op, is_number, "scale", scale, "a Python number or None: multiply q by what is computed")
     _check(op, num_slots > 0, "N", num_slots, "there must be at least one slot")
     for name, x in (("q", q), ("k", k), ("v", v)):
         allowed = x.dtype in (jnp.float32, jnp.bfloat16)
@@ -154,7 +158,7 @@ def gated_delta_rule(
       run_ids: non-decreasing in a segment's real slots; the state restarts from zero where they change. The initial state
         belongs to the run of the segment's first token.
       initial_state: float32 states before each segment; None: zeros.
-      scale: factor of q; None: K^-1/2.
+      scale: factor of q, a Python number; None: K^-1/2.
       implementation: "triton" (NVIDIA GPUs), "chunked", "reference" or None (the first of them that supports the call).
       interpret: run Pallas kernels in the interpreter; nothing to implementations in plain JAX.
 
@@ -221,7 +225,10 @@ def grouped_matmul(
     _check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
     num_slots = x.shape[1] if token_of is None else token_of.shape[1]
     segments = _check_segments(op, segments, x.shape[0], num_slots)
-    run = _choose(op, implementation, {"w": w, "segments": segments, "num_slots": num_slots}, interpret)
+    for name, array in (("x", x), ("w", w)):
+        allowed = array.dtype in (jnp.float32, jnp.bfloat16) and x.dtype == w.dtype
+        _check(op, allowed, f"the dtype of {name}", array.dtype, "x and w: float32 or bfloat16, alike")
+    run = _choose(op, implementation, {"x": x, "w": w}, interpret)
     return run(x, w, segments=segments, token_of=token_of, slot_of=slot_of)
 
 
@@ -257,7 +264,9 @@ def short_convolution(
     """
     op = "short_convolution"
     _check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
-    run = _choose(op, implementation, {"x": x}, interpret)
+    shapes_fit = x.ndim == weight.ndim + 1 and weight.shape[1:] == x.shape[2:]
+    _check(op, shapes_fit, "the shapes of x and weight", (x.shape, weight.shape), "[B, N, H, K] and [W, H, K]")
+    run = _choose(op, implementation, {"x": x, "normalize": normalize}, interpret)
     return run(x, weight, bias, segments, run_ids, history, normalize=normalize, token_of=token_of, slot_of=slot_of)
 
 

@@ -46,6 +46,7 @@ CASES = (
     Case("all_in_one_memory", ((0, 200, 0, 0),), initial_state=True, spare=128),
     Case("runs", 150, runs=True, initial_state=True),
     Case("ragged_runs", ((70, 3, 130), (0, 128, 5)), runs=True, initial_state=True, spare=64),
+    Case("ragged_runs_without_decay", ((70, 3), (5, 128)), decay=None, runs=True, initial_state=True),
     Case("ragged_runs_per_key", ((70, 65),), runs=True, decay="key", initial_state=True),
     Case("repeated_keys", 140, decay=None, repeated_keys=True),
     Case("wide", 70, heads=1, key=64, value=48),

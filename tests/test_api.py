@@ -16,7 +16,8 @@ from pallas_kernels.api import Segments
 OPS = ("gated_delta_rule", "linear_attention")
 # Kernels run natively where there is a GPU; in the interpreter on a few cases only, because each takes seconds.
 INTERPRETED_CASES = (
-    "T65", "ragged_runs", "empty_memory", "repeated_keys", "wide", "ragged_runs_per_key", "strong_decay_per_key",
+    "T65", "ragged_runs", "empty_memory", "repeated_keys", "wide", "ragged_runs_per_key",
+    "ragged_runs_without_decay", "strong_decay_per_key",
 )  # fmt: skip
 IMPLEMENTATIONS = ("reference", "chunked", pytest.param("triton", marks=pytest.mark.gpu), "interpreted")
 

@@ -20,15 +20,20 @@ H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
 MESH = AbstractMesh((1, 1), ("data", "memory"), axis_types=(AxisType.Auto,) * 2, abstract_device=H200)
 TARGET = Path(__file__).parent / "data/h200.gpu_target_config.pbtxt"
 has_plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+needs_plugin = pytest.mark.skipif(not has_plugin, reason="needs JAX's CUDA plugin (jax-cuda12-plugin, jax-cuda12-pjrt)")
 
 CALLS = [
     ("gated_delta_rule", "head", "bfloat16", 256, 256),
     ("gated_delta_rule", "head", "bfloat16", 128, 128),
     ("gated_delta_rule", None, "float32", 32, 48),
+    ("gated_delta_rule", "head", "float32", 64, 128),
+    ("gated_delta_rule", "head", "float32", 128, 256),
+    ("gated_delta_rule", "head", "float32", 256, 256),
     ("gated_delta_rule", "head", "bfloat16", 16, 1280),
     ("linear_attention", None, "bfloat16", 64, 16),
     ("linear_attention", "head", "float32", 256, 64),
     ("linear_attention", "key", "bfloat16", 256, 256),
+    ("linear_attention", "key", "float32", 256, 256),
     ("linear_attention", "key", "float32", 16, 32),
 ]
 
@@ -69,6 +74,15 @@ def op_with_gradients(op, decay, dtype, key, value):
     return function, (arrays, state, segments, array(batch, num_slots, dtype="int32"), (values, state))
 
 
+def compile_for_h200(function, arguments):
+    topology = jax.experimental.topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology="1x1x1", target_config=TARGET.read_text()
+    )
+    device = SingleDeviceSharding(topology.devices[0])
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), arguments)
+    lower(function, *arguments).compile()
+
+
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_recurrences_lower(call):
     function, arguments = op_with_gradients(*call)
@@ -77,17 +91,30 @@ def test_recurrences_lower(call):
     assert kernels(lower(function, *arguments)) == expected | ({"recurrence_per_key_grad": 1} if call[1] == "key" else {})
 
 
-@pytest.mark.skipif(not has_plugin, reason="needs JAX's CUDA plugin (jax-cuda12-plugin and jax-cuda12-pjrt)")
+@needs_plugin
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_recurrences_compile_for_the_h200(call):
     """Shared memory that overflows and what the compiler refuses are found here."""
-    topology = jax.experimental.topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=TARGET.read_text()
-    )
-    function, arguments = op_with_gradients(*call)
-    device = SingleDeviceSharding(topology.devices[0])
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), arguments)
-    lower(function, *arguments).compile()
+    compile_for_h200(*op_with_gradients(*call))
+
+
+def model_gradient(config):
+    """The gradient of a model's loss, and its arguments' shapes."""
+    params, variables = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((2, 128), "int32"))
+
+    def gradient(params, variables, batch):
+        return jax.grad(lambda p: loss_and_metrics(bind(config, p, variables), batch, 128), has_aux=True)(params)
+
+    return gradient, (params, variables, batch)
+
+
+@needs_plugin
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_wide_model_compiles_for_the_h200(dtype):
+    """With the widths of the paper's model: every kernel, the grouped matmul's and the convolution's included."""
+    wide = dict(num_layers=1, hidden_size=1024, num_heads=4, head_dim=256, expand_v=1.0, dtype=dtype)
+    compile_for_h200(*model_gradient(small(implementation="triton", **wide)))
 
 
 @pytest.mark.parametrize("implementation", [None, "triton"])
@@ -95,12 +122,7 @@ def test_recurrences_compile_for_the_h200(call):
 def test_model_uses_the_kernels(remat, implementation):
     """None chooses Triton for CUDA, for the forward and the backward pass: nothing falls back silently."""
     config = small(num_layers=1, remat=remat, implementation=implementation)
-    params, variables = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((2, 128), "int32"))
-
-    def gradient(params, variables, batch):
-        return jax.grad(lambda p: loss_and_metrics(bind(config, p, variables), batch, 128), has_aux=True)(params)
-
+    gradient, arguments = model_gradient(config)
     forward = {"grouped_matmul": 2, "recurrence_prepare": 1, "recurrence_scan": 1}  # k and v
     backward = {
         "grouped_matmul_dx": 2, "grouped_matmul_dw": 2, "grouped_matmul_dw_add": 2, "recurrence_scan_grad": 1,
@@ -110,4 +132,4 @@ def test_model_uses_the_kernels(remat, implementation):
         forward |= {"short_convolution": 3, "gated_rms_norm": 1}  # q, k and v
         backward |= {"short_convolution_grad": 3, "gated_rms_norm_grad": 1, "gated_rms_norm_slots_grad": 1}
     times = 2 if remat == "full" else 1  # the backward pass computes the forward pass again
-    assert kernels(lower(gradient, params, variables, batch)) == {k: times * n for k, n in forward.items()} | backward
+    assert kernels(lower(gradient, *arguments)) == {k: times * n for k, n in forward.items()} | backward

@@ -12,33 +12,64 @@ __all__ = [
     "unsupported_reason",
 ]  # fmt: skip
 
-MAX_ELEMENTS = 2**31 - 1  # the kernels count elements in int32
+# Compute capabilities whose shared memory holds the tiles in bfloat16: H100, H200 (run on an H200), A100 (compiled for its
+# size); not 8.6, 8.9 and 12.0, which have 100 KiB.
+CAPABILITIES = ("8.0", "9.0", "10.0", "10.3")
 
 
-def unsupported_reason(op: str, arrays: dict[str, jax.Array | None], *, interpret: bool) -> str | None:
-    """Why the kernels cannot run ``op`` on ``arrays``, by the names of its arguments; None if they can."""
+def unsupported_reason(op: str, arrays: dict, *, interpret: bool, named: bool) -> str | None:
+    """Why the kernels cannot run ``op`` here; None if they can.
+
+    Args:
+      arrays: the arguments by their names.
+      named: whether the caller named Triton, and so also gets kernels that have not been run on a GPU yet.
+    """
+    return (
+        (None if interpret else _device_reason(arrays))
+        or _shape_reason(op, arrays)
+        or (None if named else _untried_reason(op, arrays))
+    )
+
+
+def _device_reason(arrays: dict) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    if not interpret and platform != "gpu":
-        return f"it needs an NVIDIA GPU or interpret=True, and the platform is {platform}"
+    if mesh.abstract_device is None:
+        device = jax.config.jax_default_device
+        device = device if isinstance(device, jax.Device) else jax.devices(device)[0]
+        capability = getattr(device, "compute_capability", None)
+        if device.platform != "gpu":
+            return f"it needs an NVIDIA GPU or interpret=True, and the platform is {device.platform}"
+        if capability not in CAPABILITIES:
+            return f"it needs an NVIDIA GPU of compute capability {', '.join(CAPABILITIES)}; this is {capability}"
+    elif mesh.abstract_device.platform != "gpu":
+        return f"it needs an NVIDIA GPU or interpret=True, and the platform is {mesh.abstract_device.platform}"
     if mesh.size > 1 and not mesh.are_all_axes_manual:
         return "over several devices it is not yet wrapped in shard_map, without which every device would do all the work"
-    if op in ("short_convolution", "combine_gated_rms_norm"):
-        elements = arrays["x"].size
-    elif op == "grouped_matmul":
-        sizes = {"D": arrays["w"].shape[1], "E": arrays["w"].shape[2]}
-        for name, size in sizes.items():
+    if any(getattr(jax.typeof(x), "vma", None) for x in arrays.values() if isinstance(x, jax.Array)):
+        return "inside shard_map it needs check_vma=False"
+    return None
+
+
+def _shape_reason(op: str, arrays: dict) -> str | None:
+    if op == "grouped_matmul":
+        for name, size in zip("DE", arrays["w"].shape[1:], strict=True):
             if size % 16:
                 return f"{name} is {size}; it must be a multiple of 16"
-        elements = arrays["segments"].lengths.shape[0] * arrays["num_slots"] * max(sizes.values())
-    else:
-        (batch, num_slots, heads, key_width), value_width = arrays["k"].shape, arrays["v"].shape[-1]
-        if key_width < 16:
-            return f"K is {key_width}; it must be at least 16"
-        if op == "gated_delta_rule" and arrays["log_decay"] is not None and arrays["log_decay"].ndim == 4:
-            return "it has no log-decay a key for the delta rule"
-        elements = batch * num_slots * heads * max(value_width * key_width // 64, value_width, key_width)
-    if elements > MAX_ELEMENTS:
-        return f"its largest array would have {elements:,} elements; it can count up to {MAX_ELEMENTS:,}"
+    if op == "short_convolution" and arrays["normalize"] and arrays["x"].shape[-1] & (arrays["x"].shape[-1] - 1):
+        return f"K is {arrays['x'].shape[-1]}; with normalize it must be a power of two"
+    if op in ("gated_delta_rule", "linear_attention") and arrays["k"].shape[-1] < 16:
+        return f"K is {arrays['k'].shape[-1]}; it must be at least 16"
+    if op == "gated_delta_rule" and _is_per_key(arrays):
+        return "it has no log-decay a key for the delta rule"
+    return None
+
+
+def _is_per_key(arrays: dict) -> bool:
+    return arrays["log_decay"] is not None and arrays["log_decay"].ndim == 4
+
+
+def _untried_reason(op: str, arrays: dict) -> str | None:
+    per_key = op == "linear_attention" and _is_per_key(arrays)
+    if per_key or op in ("short_convolution", "combine_gated_rms_norm"):
+        return "this kernel is right in the interpreter but has not been run on a GPU yet: name it to use it"
     return None

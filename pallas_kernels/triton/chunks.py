@@ -64,11 +64,11 @@ class Decays(NamedTuple):
     state: jax.Array | None
 
     @classmethod
-    def of(cls, g: jax.Array | None, run: jax.Array | None) -> "Decays":
+    def of(cls, g: jax.Array | None, run: jax.Array | None, num_heads: int) -> "Decays":
         """From the log-decay, cumulative in each chunk, float32 [B, H, N], and the layout's run counts."""
         if g is None and run is None:
             return cls(None, None, None)
-        x = g if g is not None else jnp.zeros((run.shape[0], 1, run.shape[1]), jnp.float32)
+        x = g if g is not None else jnp.zeros((run.shape[0], num_heads, run.shape[1]), jnp.float32)
         by_chunk = x.reshape(*x.shape[:2], -1, CHUNK)
         last = by_chunk[..., -1:]
         carried, tail, state = jnp.exp(by_chunk), jnp.exp(last - by_chunk), jnp.exp(last)

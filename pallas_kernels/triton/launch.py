@@ -33,6 +33,8 @@ def launch(
     kernel: Callable, *operands, name: str, grid, in_specs, out_specs, out_shape, config: KernelConfig, interpret: bool
 ):
     """Runs ``kernel`` over ``grid``; ``name`` is what compiled programs and profiles call it."""
+    _check_blocks(name, grid, in_specs, operands)
+    _check_blocks(name, grid, out_specs, out_shape)
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -43,6 +45,17 @@ def launch(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
     )(*operands)
+
+
+def _check_blocks(name, grid, specs, arrays):
+    """A block outside its array is read and written there on a GPU, unseen; the interpreter moves it inside."""
+    is_spec = lambda x: isinstance(x, pl.BlockSpec)  # noqa: E731
+    for spec, array in zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(arrays), strict=True):
+        if spec.index_map is not None:
+            last = spec.index_map(*(size - 1 for size in grid))
+            sizes = (1 if size is None else size for size in spec.block_shape)
+            ends = [(index + 1) * size for index, size in zip(last, sizes, strict=True)]
+            assert all(end <= size for end, size in zip(ends, array.shape, strict=True)), (name, last, array.shape)
 
 
 def dot(a: jax.Array, b: jax.Array, dtype) -> jax.Array:

@@ -16,8 +16,9 @@ from pallas_kernels.triton.prepare import prepare
 def _recurrence(q, k, v, g, beta, initial_state, layout: Layout, scale: float, interpret: bool):
     """o [B,N,H,V] and final states; g, beta: float32 [B,H,N] or None, see chunks.py."""
     scores, inverse = prepare(q, k, g, beta, layout, scale=scale, interpret=interpret)
+    decays = Decays.of(g, layout.run, q.shape[2])
     out = scan.forward(
-        q, k, v, Decays.of(g, layout.run), beta, None, scores, inverse, initial_state, layout, scale=scale, save=False,
+        q, k, v, decays, beta, None, scores, inverse, initial_state, layout, scale=scale, save=False,
         interpret=interpret,
     )  # fmt: skip
     return out["o"], out["final_state"]
@@ -25,8 +26,9 @@ def _recurrence(q, k, v, g, beta, initial_state, layout: Layout, scale: float, i
 
 def _forward(q, k, v, g, beta, initial_state, layout, scale, interpret):
     scores, inverse = prepare(q, k, g, beta, layout, scale=scale, interpret=interpret)
+    decays = Decays.of(g, layout.run, q.shape[2])
     out = scan.forward(
-        q, k, v, Decays.of(g, layout.run), beta, None, scores, inverse, initial_state, layout, scale=scale, save=True,
+        q, k, v, decays, beta, None, scores, inverse, initial_state, layout, scale=scale, save=True,
         interpret=interpret,
     )  # fmt: skip
     residuals = (q, k, v, g, beta, layout, scores, inverse, out["states"], out.get("new"))
@@ -36,7 +38,7 @@ def _forward(q, k, v, g, beta, initial_state, layout, scale, interpret):
 def _backward(scale, interpret, residuals, cotangents):
     q, k, v, g, beta, layout, scores, inverse, states, new = residuals
     do, d_final_state = cotangents
-    decays = Decays.of(g, layout.run)
+    decays = Decays.of(g, layout.run, q.shape[2])
     through = scan.backward(
         q, k, decays, beta, None, scores, inverse, do, d_final_state, layout, scale=scale, interpret=interpret
     )  # fmt: skip
