@@ -9,6 +9,7 @@ import pytest
 from numerics import LIMITS, assert_close
 
 from mom_jax.routing import Dispatch
+from pallas_kernels import api
 from pallas_kernels.segments import Segments
 from pallas_kernels.triton.grouped_matmul import GroupedMatmulConfig, SlotList, TileConfig, grouped_matmul
 
@@ -112,7 +113,10 @@ def test_slot_list(case, align, gap):
 
 def test_arguments_that_do_not_fit(rng):
     x, w, _, segments = make(rng, *CASES["one_row"], "float32")
-    with pytest.raises(ValueError, match="multiples of 16"):
-        grouped_matmul(x[..., :8], w[:, :8], segments=segments)
-    with pytest.raises(ValueError, match="given together"):
-        grouped_matmul(x, w, segments=segments, token_of=jnp.zeros(x.shape[:2], jnp.int32))
+    triton = {"implementation": "triton", "interpret": True}
+    with pytest.raises(NotImplementedError, match="D is 8; it must be a multiple of 16"):
+        api.grouped_matmul(x[..., :8], w[:, :8], segments, **triton)
+    with pytest.raises(ValueError, match="give both or neither"):
+        api.grouped_matmul(x, w, segments, token_of=jnp.zeros(x.shape[:2], jnp.int32), **triton)
+    with pytest.raises(ValueError, match="float16"):
+        api.grouped_matmul(x.astype(jnp.float16), w.astype(jnp.float16), segments, **triton)

@@ -8,6 +8,7 @@ from cases import CASES
 from numerics import LIMITS, assert_close
 
 from mom_jax.routing import Dispatch
+from pallas_kernels import api
 from pallas_kernels.layer_ops import l2_norm
 from pallas_kernels.layer_ops import short_convolution as plain_short_convolution
 from pallas_kernels.segments import Segments, where_real
@@ -41,7 +42,7 @@ def both(rng, segments, num_slots, head_shape, *, width=4, runs=None, history=No
 
     def plain(a):
         y = plain_short_convolution(a["x"], a["weight"], a.get("bias"), segments, run_ids, a.get("history"))
-        return where_real(real, l2_norm(y) * options["factor"] if options.get("normalize") else y).astype(dtype)
+        return where_real(real, l2_norm(y) if options.get("normalize") else y).astype(dtype)
 
     def kernels(a):
         return short_convolution(
@@ -66,9 +67,9 @@ def both(rng, segments, num_slots, head_shape, *, width=4, runs=None, history=No
     "name, options",
     [
         ("ragged", {"history": True, "bias": True}),
-        ("empty_memory", {"normalize": True, "factor": 0.5, "history": True}),
+        ("empty_memory", {"normalize": True, "history": True}),
         ("ragged_runs", {"runs": True}),
-        ("ragged_runs", {"runs": True, "history": True, "normalize": True, "factor": 1.0}),
+        ("ragged_runs", {"runs": True, "history": True, "normalize": True}),
     ],
     ids=str,
 )
@@ -91,7 +92,7 @@ def test_widths_of_the_window(rng, width):
 @pytest.mark.parametrize("normalize, head_shape", [(True, (4, 64)), (False, (3, 48))])
 def test_bfloat16_and_widths_of_heads(rng, normalize, head_shape):
     segments = Segments.from_lengths(jnp.array([[20, 44]]))
-    options = {"normalize": normalize, "factor": 1.0, "dtype": jnp.bfloat16}
+    options = {"normalize": normalize, "dtype": jnp.bfloat16}
     actual, expected = both(rng, segments, 128, head_shape, **options)
     assert_close(actual, expected, LIMITS["bfloat16"])
 
@@ -130,9 +131,11 @@ def test_tokens_are_gathered_into_slots(rng):
     assert_close(gathered(x, weight, cotangent), plain(x, weight, cotangent), LIMITS["float32"])
 
 
-def test_errors():
+def test_errors(unchecked_shapes):
     x, weight, segments = jnp.zeros((1, 64, 1, 48)), jnp.zeros((4, 1, 48)), Segments.full(1, 64)
-    with pytest.raises(ValueError, match="power of two"):
-        short_convolution(x, weight, None, segments, normalize=True)
-    with pytest.raises(ValueError, match="together"):
-        short_convolution(x, weight, None, segments, token_of=jnp.zeros((1, 64), jnp.int32))
+    with pytest.raises(NotImplementedError, match="K is 48; with normalize it must be a power of two"):
+        api.short_convolution(x, weight, None, segments, normalize=True, implementation="triton", interpret=True)
+    with pytest.raises(ValueError, match="give both or neither"):
+        api.short_convolution(x, weight, None, segments, token_of=jnp.zeros((1, 64), jnp.int32))
+    with pytest.raises(ValueError, match="shapes of x and weight"):
+        api.short_convolution(x, weight[..., :40], None, segments)

@@ -1,4 +1,4 @@
-"""The output norm and gate of a layer, alone or together with the sum over each token's memories before them."""
+"""The sum over each token's memories, the output norm and the gate of a layer: one kernel forward, two backward."""
 
 from functools import partial
 
@@ -15,31 +15,6 @@ SLOTS = KernelConfig(tile=16, num_warps=4, num_stages=1)  # of the kernel that g
 CHANNELS_PER_WARP = 512
 
 
-def gated_rms_norm(
-    o: Float[Array, "*B H V"],
-    gate: Float[Array, "*B H V"] | None,
-    scale: Float[Array, "V"],
-    eps: float,
-    *,
-    config: KernelConfig = CONFIG,
-    interpret: bool = False,
-) -> Float[Array, "*B H V"]:
-    """Root-mean-square norm over each head, and a SiLU gate::
-
-        y = o / sqrt(mean_v(o_v^2) + eps) * scale * silu(gate)
-
-    Args:
-      gate: None: no gate.
-      config: ``tile`` is in tokens.
-
-    Returns:
-      y, of o's dtype; the arithmetic is float32.
-    """
-    rows = (1, -1, *o.shape[-2:])
-    inputs = Inputs(o.reshape(rows), None if gate is None else gate.reshape(rows), scale)
-    return _norm(Options(eps, config, SLOTS, interpret), inputs).reshape(o.shape)
-
-
 def combine_gated_rms_norm(
     o: Float[Array, "B N H V"],
     weights: Float[Array, "B T R"],
@@ -54,12 +29,9 @@ def combine_gated_rms_norm(
     slots_config: KernelConfig = SLOTS,
     interpret: bool = False,
 ) -> Float[Array, "B T H V"]:
-    """:func:`gated_rms_norm` of ``o_t = sum_r weights[t, r] o[slot_of[t, r]]``, which is never in memory.
+    """See :func:`pallas_kernels.api.combine_gated_rms_norm`; o_t is never in memory.
 
     Args:
-      o: slots; what dead slots hold does not matter, and their gradient is zero.
-      slot_of: each token's slots; N for none. The inverse is ``token_of``, each slot's token, T if dead, with ``choice_of``,
-        token * R + r.
       config, slots_config: ``tile`` in tokens, and in slots for the gradient of ``o``.
     """
     inputs = Inputs(o, gate, scale, weights, slot_of, token_of, choice_of)
@@ -87,14 +59,9 @@ def _grid(options: Options, shape):
     return num_heads, (heads // num_heads, pl.cdiv(num_tokens, options.config.tile), batch)
 
 
-def _token_shape(inputs: Inputs):
-    tokens = inputs.o if inputs.slot_of is None else inputs.slot_of
-    return tokens.shape[:2] + inputs.o.shape[2:]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _norm(options: Options, inputs: Inputs):
-    shape = _token_shape(inputs)
+    shape = inputs.slot_of.shape[:2] + inputs.o.shape[2:]
     out_shape = jax.ShapeDtypeStruct(shape, inputs.o.dtype)
     return _run(forward_kernel, "gated_rms_norm", options, _grid(options, shape), inputs, out_shape=out_shape)
 
@@ -110,14 +77,13 @@ def _norm_backward(options, inputs, dy):
         jax.ShapeDtypeStruct(dy.shape, inputs.o.dtype),
         None if inputs.gate is None else jax.ShapeDtypeStruct(dy.shape, inputs.gate.dtype),
         jax.ShapeDtypeStruct((batch, grid[1], heads, width), jnp.float32),
-        None if inputs.slot_of is None else jax.ShapeDtypeStruct((*inputs.weights.shape, grid[0]), jnp.float32),
+        jax.ShapeDtypeStruct((*inputs.weights.shape, grid[0]), jnp.float32),
     )
     do, dgate, dscale, dweights = _run(
         backward_kernel, "gated_rms_norm_grad", options, (num_heads, grid), inputs, dy, out_shape=out_shape
     )  # fmt: skip
-    if inputs.slot_of is not None:
-        do, dweights = _to_slots(options, inputs, do), jnp.sum(dweights, axis=-1)
-    return (Inputs(do, dgate, jnp.sum(dscale, axis=(0, 1, 2)), dweights),)
+    do, dweights = _to_slots(options, inputs, do), jnp.sum(dweights, axis=-1)
+    return (Inputs(do, dgate, jnp.sum(dscale, axis=(0, 1, 2)), dweights, None, None, None),)
 
 
 def _to_slots(options: Options, inputs: Inputs, do):

@@ -20,7 +20,7 @@ class Inputs(NamedTuple):
     """Arrays of the kernels; the first four are differentiable, None is absent.
 
     Attributes:
-      o: [B, T, H, V]; with ``slot_of`` [B, N, H, V].
+      o: [B, N, H, V].
       gate: [B, T, H, V].
       scale: float32 [V].
       weights: float32 [B, T, R], of a token's slots.
@@ -32,10 +32,10 @@ class Inputs(NamedTuple):
     o: Any
     gate: Any
     scale: Any
-    weights: Any = None
-    slot_of: Any = None
-    token_of: Any = None
-    choice_of: Any = None
+    weights: Any
+    slot_of: Any
+    token_of: Any
+    choice_of: Any
 
 
 class Options(NamedTuple):
@@ -90,10 +90,7 @@ def forward_kernel(inputs: Inputs, y_ref, *, options: Options, num_heads: int):
     def body(i, _):
         exists = program.start + i < num_tokens
         token = jnp.minimum(program.start + i, num_tokens - 1)
-        if inputs.slot_of is None:
-            o = program.load(inputs.o, token)
-        else:
-            o = sum(weight * o for o, weight in program.slots(inputs, token))
+        o = sum(weight * o for o, weight in program.slots(inputs, token))
         y = program.normed(inputs, o, options.eps)[0] * program.scale
         if inputs.gate is not None:
             gate = program.load(inputs.gate, token)
@@ -114,11 +111,8 @@ def backward_kernel(
         exists = program.start + i < num_tokens
         token = jnp.minimum(program.start + i, num_tokens - 1)
         dy = program.load(dy_ref, token, exists)
-        if inputs.slot_of is None:
-            o = program.load(inputs.o, token)
-        else:
-            slots = list(program.slots(inputs, token))
-            o = sum(weight * o for o, weight in slots)
+        slots = list(program.slots(inputs, token))
+        o = sum(weight * o for o, weight in slots)
         normed, rms = program.normed(inputs, o, options.eps)
         if inputs.gate is not None:
             gate = program.load(inputs.gate, token)
@@ -131,10 +125,9 @@ def backward_kernel(
         mean = jnp.sum(dy * normed, axis=-1, keepdims=True) / inputs.scale.shape[0]
         do = rms * (dy - normed * mean)
         program.store(do_ref, token, do, exists)
-        if inputs.slot_of is not None:
-            for choice, (o, _) in enumerate(slots):
-                at = dweights_ref.at[program.batch, token, jnp.int32(choice), group]
-                plgpu.store(at, jnp.sum(jnp.sum(do * o, axis=1), axis=0), mask=exists)
+        for choice, (o, _) in enumerate(slots):
+            at = dweights_ref.at[program.batch, token, jnp.int32(choice), group]
+            plgpu.store(at, jnp.sum(jnp.sum(do * o, axis=1), axis=0), mask=exists)
         return dscale
 
     dscale = lax.fori_loop(0, options.config.tile, body, jnp.zeros((num_heads, program.columns.shape[1])))

@@ -243,29 +243,12 @@ def grouped_matmul(
     config: GroupedMatmulConfig | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N E"]:
-    """Multiplies slot n by its segment's matrix: y_n = x_n w[s], or x_token_of[n] w[s]; zero in dead slots.
-
-    Differentiable in x and w; nothing that belongs to a dead slot is read, neither of x nor of dy.
+    """See :func:`pallas_kernels.api.grouped_matmul`. Nothing that belongs to a dead slot is read, neither of x nor of dy.
 
     Args:
-      x: slots [B, N, D], or with ``token_of`` tokens, of which no copy by slots is made.
-      w: of x's dtype; D and E are multiples of 16.
-      segments: N is a multiple of the alignment.
-      token_of: the token of each real slot.
-      slot_of: the slots of each token, past the end for none: where dx is summed over, so given if ``token_of`` is.
       config: tiles; None: chosen for an H200 and the dtype.
-
-    Returns:
-      y, of x's dtype; products are accumulated in float32.
-
-    Raises:
-      ValueError: D or E is not a multiple of 16; one of ``token_of`` and ``slot_of`` is missing.
     """
-    batch, num_tokens, depth = x.shape
-    if depth % 16 or w.shape[2] % 16:
-        raise ValueError(f"grouped_matmul: D and E are {depth} and {w.shape[2]}; they must be multiples of 16")
-    if (token_of is None) != (slot_of is None):
-        raise ValueError("grouped_matmul: token_of and slot_of must be given together")
+    batch, num_tokens = x.shape[:2]
     config = CONFIGS[x.dtype] if config is None else config
     num_slots = num_tokens if token_of is None else token_of.shape[1]
     slots = SlotList.of(segments, num_slots, max(config.forward.tile, config.dx.tile, config.dw.depth))

@@ -12,27 +12,24 @@ from pallas_kernels.triton.gradients import gradients
 from pallas_kernels.triton.prepare import prepare
 
 
+def _prepare_and_scan(q, k, v, g, beta, initial_state, layout, scale, interpret, save):
+    scores, inverse = prepare(q, k, g, beta, layout, scale=scale, interpret=interpret)
+    out = scan.forward(
+        q, k, v, Decays.of(g, layout.run, q.shape[2]), beta, None, scores, inverse, initial_state, layout, scale=scale,
+        save=save, interpret=interpret,
+    )  # fmt: skip
+    return (out["o"], out["final_state"]), (scores, inverse, out.get("states"), out.get("new"))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _recurrence(q, k, v, g, beta, initial_state, layout: Layout, scale: float, interpret: bool):
     """o [B,N,H,V] and final states; g, beta: float32 [B,H,N] or None, see chunks.py."""
-    scores, inverse = prepare(q, k, g, beta, layout, scale=scale, interpret=interpret)
-    decays = Decays.of(g, layout.run, q.shape[2])
-    out = scan.forward(
-        q, k, v, decays, beta, None, scores, inverse, initial_state, layout, scale=scale, save=False,
-        interpret=interpret,
-    )  # fmt: skip
-    return out["o"], out["final_state"]
+    return _prepare_and_scan(q, k, v, g, beta, initial_state, layout, scale, interpret, save=False)[0]
 
 
 def _forward(q, k, v, g, beta, initial_state, layout, scale, interpret):
-    scores, inverse = prepare(q, k, g, beta, layout, scale=scale, interpret=interpret)
-    decays = Decays.of(g, layout.run, q.shape[2])
-    out = scan.forward(
-        q, k, v, decays, beta, None, scores, inverse, initial_state, layout, scale=scale, save=True,
-        interpret=interpret,
-    )  # fmt: skip
-    residuals = (q, k, v, g, beta, layout, scores, inverse, out["states"], out.get("new"))
-    return (out["o"], out["final_state"]), residuals
+    outputs, saved = _prepare_and_scan(q, k, v, g, beta, initial_state, layout, scale, interpret, save=True)
+    return outputs, (q, k, v, g, beta, layout, *saved)
 
 
 def _backward(scale, interpret, residuals, cotangents):
@@ -60,25 +57,24 @@ _recurrence.defvjp(_forward, _backward)
 NO_DECAY = Decays(None, None, None)
 
 
+def _prepare_and_scan_per_key(q, k, v, g, initial_state, layout, scale, interpret, save):
+    scores, q_carried, k_tail, key_decay = prepared = per_key.prepare(q, k, g, layout, scale=scale, interpret=interpret)
+    out = scan.forward(
+        q_carried, k_tail, v, NO_DECAY, None, key_decay, scores, None, initial_state, layout, scale=scale, save=save,
+        interpret=interpret,
+    )  # fmt: skip
+    return (out["o"], out["final_state"]), (prepared, out.get("states"))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _per_key(q, k, v, g, initial_state, layout: Layout, scale: float, interpret: bool):
     """Linear attention with g, the log-decay a key, cumulative in each chunk, float32 [B,N,H,K]."""
-    scores, q_carried, k_tail, key_decay = per_key.prepare(q, k, g, layout, scale=scale, interpret=interpret)
-    out = scan.forward(
-        q_carried, k_tail, v, NO_DECAY, None, key_decay, scores, None, initial_state, layout, scale=scale, save=False,
-        interpret=interpret,
-    )  # fmt: skip
-    return out["o"], out["final_state"]
+    return _prepare_and_scan_per_key(q, k, v, g, initial_state, layout, scale, interpret, save=False)[0]
 
 
 def _per_key_forward(q, k, v, g, initial_state, layout, scale, interpret):
-    prepared = per_key.prepare(q, k, g, layout, scale=scale, interpret=interpret)
-    scores, q_carried, k_tail, key_decay = prepared
-    out = scan.forward(
-        q_carried, k_tail, v, NO_DECAY, None, key_decay, scores, None, initial_state, layout, scale=scale, save=True,
-        interpret=interpret,
-    )  # fmt: skip
-    return (out["o"], out["final_state"]), (q, k, v, g, layout, prepared, out["states"])
+    outputs, saved = _prepare_and_scan_per_key(q, k, v, g, initial_state, layout, scale, interpret, save=True)
+    return outputs, (q, k, v, g, layout, *saved)
 
 
 def _per_key_backward(scale, interpret, residuals, cotangents):

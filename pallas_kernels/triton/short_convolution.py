@@ -29,36 +29,18 @@ def short_convolution(
     token_of: Int[Array, "B N"] | None = None,
     slot_of: Int[Array, "B T R"] | None = None,
     normalize: bool = False,
-    factor: float = 1.0,
     eps: float = 1e-6,
     config: KernelConfig = FORWARD,
     grad_config: KernelConfig = BACKWARD,
     interpret: bool = False,
 ) -> Float[Array, "B N H K"]:
-    """Depthwise causal convolution with SiLU over the tokens of each segment, and l2 norm over each head::
-
-        s_n = silu(bias + sum_w weight[W-1-w] x_{n-w})      y_n = factor s_n / sqrt(sum_k s_nk^2 + eps)   or   y_n = s_n
-
-    Taps never reach into another segment or run.
+    """See :func:`pallas_kernels.api.short_convolution`. Dead slots come out zero, whatever x holds there.
 
     Args:
-      x: slots, P = N; or with ``token_of`` tokens, P = T.
-      token_of, slot_of: the token in each slot, T or more in dead slots, and the slots of each token, N for none: the slots'
-        inputs are gathered by the kernel, and a token's gradient is the sum over its slots.
-      weight: float32; the last tap is the current token's.
-      run_ids: non-decreasing in a segment's real slots; taps stop where they change.
-      history: the W-1 inputs before each segment's first slot, which are of that token's run; None: zeros.
-      normalize: whether to divide by the norm and multiply by ``factor``; then K is a power of two.
+      eps: of the l2 norm.
       config, grad_config: ``tile`` is in slots, ``num_stages`` the slots whose loads are in flight together.
-
-    Returns:
-      y, of x's dtype, zero in dead slots, whatever x holds there; the arithmetic is float32.
     """
     head_shape, width = weight.shape[1:], weight.shape[0]
-    if normalize and head_shape[1] & (head_shape[1] - 1):
-        raise ValueError(f"short_convolution: K is {head_shape[1]}; with normalize it must be a power of two")
-    if (token_of is None) != (slot_of is None):
-        raise ValueError("short_convolution: token_of and slot_of must be given together")
     for c in (config, grad_config):
         if c.tile % c.num_stages:
             raise ValueError(f"short_convolution: tile is {c.tile}; it must be a multiple of num_stages, {c.num_stages}")
@@ -74,7 +56,7 @@ def short_convolution(
             a if a is None else a.reshape(*a.shape[:-2], channels // piece, piece) for a in (x, weight, bias, early)
         )
     inputs = Inputs(x, weight, bias, early, early_of, reach, token_of)
-    y = _convolve(Options(normalize, factor, eps, config, grad_config, interpret), inputs, slot_of)
+    y = _convolve(Options(normalize, eps, config, grad_config, interpret), inputs, slot_of)
     return y.reshape(*y.shape[:2], *head_shape)
 
 

@@ -42,7 +42,6 @@ class Inputs(NamedTuple):
 
 class Options(NamedTuple):
     normalize: bool
-    factor: float
     eps: float
     forward: KernelConfig
     backward: KernelConfig
@@ -134,7 +133,7 @@ def forward_kernel(inputs: Inputs, y_ref, *, options: Options, num_heads: int):
         _, pre, sigmoid = program.silu(inputs, slot, past, keep, interpret)
         y = pre * sigmoid
         if options.normalize:
-            y *= options.factor * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + options.eps)
+            y *= lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + options.eps)
         y = keep(slot.reach >= 0, y).astype(y_ref.dtype)
         at = y_ref.at[program.batch, jnp.minimum(slot.place, num_slots - 1), program.heads, :]
         plgpu.store(at, y, mask=slot.place < num_slots)
@@ -158,7 +157,7 @@ def backward_kernel(inputs: Inputs, dy_ref, dx_ref, dtaps_ref, dearly_ref, *, op
             s = pre * sigmoid
             r = lax.rsqrt(jnp.sum(s * s, axis=-1, keepdims=True) + options.eps)
             dy = keep(slot.reach >= 0, dy)
-            dy = options.factor * r * ptx.fma(s, -r * r * jnp.sum(dy * s, axis=-1, keepdims=True), dy, interpret)
+            dy = r * ptx.fma(s, -r * r * jnp.sum(dy * s, axis=-1, keepdims=True), dy, interpret)
         dpre = keep(slot.reach >= 0, dy * sigmoid * ptx.fma(pre, 1 - sigmoid, jnp.ones_like(pre), interpret))
 
         dx = (jnp.zeros_like(bias), *dx)
