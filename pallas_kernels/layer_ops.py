@@ -23,17 +23,8 @@ def l2_norm(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B K"]:
 
 
 def short_convolution(
-    x: Float[Array, "B P *C"],
-    weight: Float[Array, "W *C"],
-    bias: Float[Array, "*C"] | None,
-    segments: Segments,
-    run_ids: Int[Array, "B N"] | None,
-    history: Float[Array, "B S W-1 *C"] | None,
-    *,
-    normalize: bool = False,
-    token_of: Int[Array, "B N"] | None = None,
-    slot_of: Int[Array, "B T R"] | None = None,
-) -> Float[Array, "B N *C"]:
+    x, weight, bias, segments: Segments, run_ids, history, *, normalize=False, token_of=None, slot_of=None
+):
     """See :func:`pallas_kernels.api.short_convolution`. Dead slots come out with rubbish."""
     if token_of is not None:
         x = gather_sum(x, token_of[..., None], slot_of)

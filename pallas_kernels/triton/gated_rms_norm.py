@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels.triton.gated_rms_norm_kernels import Inputs, Options, backward_kernel, forward_kernel, slots_kernel
 from pallas_kernels.triton.launch import KernelConfig, launch
@@ -16,19 +15,8 @@ CHANNELS_PER_WARP = 512
 
 
 def combine_gated_rms_norm(
-    o: Float[Array, "B N H V"],
-    weights: Float[Array, "B T R"],
-    gate: Float[Array, "B T H V"] | None,
-    scale: Float[Array, "V"],
-    eps: float,
-    *,
-    slot_of: Int[Array, "B T R"],
-    token_of: Int[Array, "B N"],
-    choice_of: Int[Array, "B N"],
-    config: KernelConfig = CONFIG,
-    slots_config: KernelConfig = SLOTS,
-    interpret: bool = False,
-) -> Float[Array, "B T H V"]:
+    o, weights, gate, scale, eps, *, slot_of, token_of, choice_of, config=CONFIG, slots_config=SLOTS, interpret=False
+):
     """See :func:`pallas_kernels.api.combine_gated_rms_norm`; o_t is never in memory.
 
     Args:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels.segments import Segments
 from pallas_kernels.triton.launch import KernelConfig, dot, launch
@@ -233,16 +233,7 @@ def _backward(num_slots, config, interpret, operands, dy):
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def grouped_matmul(
-    x: Float[Array, "B T D"],
-    w: Float[Array, "S D E"],
-    *,
-    segments: Segments,
-    token_of: Int[Array, "B N"] | None = None,
-    slot_of: Int[Array, "B T R"] | None = None,
-    config: GroupedMatmulConfig | None = None,
-    interpret: bool = False,
-) -> Float[Array, "B N E"]:
+def grouped_matmul(x, w, *, segments: Segments, token_of=None, slot_of=None, config=None, interpret=False):
     """See :func:`pallas_kernels.api.grouped_matmul`. Nothing that belongs to a dead slot is read, neither of x nor of dy.
 
     Args:

@@ -61,8 +61,8 @@ def _check_blocks(name, grid, specs, arrays):
 def dot(a: jax.Array, b: jax.Array, dtype) -> jax.Array:
     """a b with operands in ``dtype`` and a float32 result.
 
-    float32 operands are split into three bfloat16 parts each, six products: as exact as float32, on the tensor cores, and
-    compiled in a second (HIGHEST, without tensor cores, takes half a minute). Never TF32.
+    float32 operands are split into three bfloat16 parts each, six products: as exact as float32, and on the tensor cores,
+    which HIGHEST would leave idle. Never TF32.
     """
     precision = lax.DotAlgorithmPreset.BF16_BF16_F32_X6 if dtype == jnp.float32 else None
     return jnp.dot(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)

@@ -19,21 +19,9 @@ FORWARD_CHANNELS, BACKWARD_CHANNELS = 256, 128
 
 
 def short_convolution(
-    x: Float[Array, "B P H K"],
-    weight: Float[Array, "W H K"],
-    bias: Float[Array, "H K"] | None,
-    segments: Segments,
-    run_ids: Int[Array, "B N"] | None = None,
-    history: Float[Array, "B S W-1 H K"] | None = None,
-    *,
-    token_of: Int[Array, "B N"] | None = None,
-    slot_of: Int[Array, "B T R"] | None = None,
-    normalize: bool = False,
-    eps: float = 1e-6,
-    config: KernelConfig = FORWARD,
-    grad_config: KernelConfig = BACKWARD,
-    interpret: bool = False,
-) -> Float[Array, "B N H K"]:
+    x, weight, bias, segments: Segments, run_ids=None, history=None, *, token_of=None, slot_of=None, normalize=False,
+    eps=1e-6, config=FORWARD, grad_config=BACKWARD, interpret=False,
+):  # fmt: skip
     """See :func:`pallas_kernels.api.short_convolution`. Dead slots come out zero, whatever x holds there.
 
     Args:
