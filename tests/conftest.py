@@ -38,6 +38,12 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(params=[pytest.param(True, id="interpreted"), pytest.param(False, id="native", marks=pytest.mark.gpu)])
+def interpret(request):
+    """Kernels in the interpreter anywhere, and as they are where there is a GPU."""
+    return request.param
+
+
 @pytest.fixture
 def unchecked_shapes():
     """No checking of annotations: for tests of the errors that users see, who have no such checking."""

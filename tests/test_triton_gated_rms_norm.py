@@ -1,4 +1,4 @@
-"""The output norm's kernels, in the interpreter, against plain JAX: values and every gradient."""
+"""The output norm's kernels against plain JAX: values and every gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def normal(rng, *shape, dtype=jnp.float32):
     "heads, width, has_gate, has_shared, dtype",
     [(4, 16, True, True, "float32"), (3, 48, False, False, "bfloat16"), (1, 1280, True, False, "float32")],
 )
-def test_combine(rng, heads, width, has_gate, has_shared, dtype):
+def test_combine(interpret, rng, heads, width, has_gate, has_shared, dtype):
     """Padded tokens have no slot, dead slots hold NaN, and the gradient of those is zero."""
     batch, num_tokens, memories = 2, 35, 4
     chosen = np.stack([rng.permutation(memories)[:2] for _ in range(batch * num_tokens)]).reshape(batch, num_tokens, 2)
@@ -57,7 +57,7 @@ def test_combine(rng, heads, width, has_gate, has_shared, dtype):
     def kernels(a):
         return combine_gated_rms_norm(
             a["o"], a["weights"], a.get("gate"), a["scale"], EPS, slot_of=dispatch.slot_of, token_of=dispatch.token_of,
-            choice_of=dispatch.choice_of, config=CONFIG, interpret=True,
+            choice_of=dispatch.choice_of, config=CONFIG, interpret=interpret,
         )  # fmt: skip
 
     def combined(a):

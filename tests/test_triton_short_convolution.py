@@ -1,4 +1,4 @@
-"""The short convolution's kernels, in the interpreter, against plain JAX: values and every gradient."""
+"""The short convolution's kernels against plain JAX: values and every gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def both(rng, segments, num_slots, head_shape, *, width=4, runs=None, history=No
 
     def kernels(a):
         return short_convolution(
-            a["x"], a["weight"], a.get("bias"), segments, run_ids, a.get("history"), interpret=True, **CONFIGS, **options
+            a["x"], a["weight"], a.get("bias"), segments, run_ids, a.get("history"), **CONFIGS, **options
         )
 
     def run(f):
@@ -73,31 +73,31 @@ def both(rng, segments, num_slots, head_shape, *, width=4, runs=None, history=No
     ],
     ids=str,
 )
-def test_ragged_segments(rng, name, options):
+def test_ragged_segments(interpret, rng, name, options):
     case = RAGGED[name]
     segments = Segments.from_lengths(jnp.array(case.lengths))
     num_slots = int(segments.offsets[:, -1].max()) + case.spare
-    actual, expected = both(rng, segments, num_slots, (2, 16), **options)
+    actual, expected = both(rng, segments, num_slots, (2, 16), interpret=interpret, **options)
     assert_close(actual, expected, LIMITS["float32"])
 
 
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_widths_of_the_window(rng, width):
+def test_widths_of_the_window(interpret, rng, width):
     """Segments shorter than the window, at the end of a row that is not a multiple of the tile too."""
     segments = Segments.from_lengths(jnp.array([[1, 2, 3, 4], [3, 0, 5, 1]]))
-    actual, expected = both(rng, segments, 200, (1, 16), width=width, history=width > 1, bias=True)
+    actual, expected = both(rng, segments, 200, (1, 16), width=width, history=width > 1, bias=True, interpret=interpret)
     assert_close(actual, expected, LIMITS["float32"])
 
 
 @pytest.mark.parametrize("normalize, head_shape", [(True, (4, 64)), (False, (3, 48))])
-def test_bfloat16_and_widths_of_heads(rng, normalize, head_shape):
+def test_bfloat16_and_widths_of_heads(interpret, rng, normalize, head_shape):
     segments = Segments.from_lengths(jnp.array([[20, 44]]))
-    options = {"normalize": normalize, "dtype": jnp.bfloat16}
+    options = {"normalize": normalize, "dtype": jnp.bfloat16, "interpret": interpret}
     actual, expected = both(rng, segments, 128, head_shape, **options)
     assert_close(actual, expected, LIMITS["bfloat16"])
 
 
-def test_tokens_are_gathered_into_slots(rng):
+def test_tokens_are_gathered_into_slots(interpret, rng):
     """One kernel for the dispatch and the convolution; the gradient of a token is the sum over its slots."""
     batch, num_tokens, memories = 2, 40, 3
     chosen = np.stack([rng.permutation(memories)[:2] for _ in range(batch * num_tokens)])
@@ -113,8 +113,9 @@ def test_tokens_are_gathered_into_slots(rng):
     def gathered(x, weight, cotangent):
         def f(x, weight):
             return short_convolution(
-                x, weight, None, segments, token_of=dispatch.token_of, slot_of=dispatch.slot_of, interpret=True, **CONFIGS
-            )
+                x, weight, None, segments, token_of=dispatch.token_of, slot_of=dispatch.slot_of, interpret=interpret,
+                **CONFIGS,
+            )  # fmt: skip
 
         y, pull = jax.vjp(f, x, weight)
         return y, pull(cotangent)
