@@ -26,19 +26,14 @@ PALLAS = ("triton",)
 PLANNED = ("mosaic_tpu",)
 
 
-def unsupported_reason(
-    op: str, implementation: str, arrays: dict, *, interpret: bool = False, named: bool = True
-) -> str | None:
-    """Why ``implementation`` cannot run ``op`` on ``arrays`` (its arguments by name) here; None if it can.
-
-    Not ``named``: why None would not choose it.
-    """
+def unsupported_reason(op: str, implementation: str, arrays: dict, *, interpret: bool = False) -> str | None:
+    """Why ``implementation`` cannot run ``op`` on ``arrays`` (its arguments by name) here; None if it can."""
     if implementation in PLANNED:
         return f"the {implementation} implementation of {op} is not written yet"
     if implementation not in IMPLEMENTATIONS:
         return f"there is no such implementation; choose one of {', '.join(IMPLEMENTATIONS)} or None"
     if implementation in PALLAS:
-        return IMPLEMENTATIONS[implementation].unsupported_reason(op, arrays, interpret=interpret, named=named)
+        return IMPLEMENTATIONS[implementation].unsupported_reason(op, arrays, interpret=interpret)
     return None
 
 
@@ -50,7 +45,7 @@ def _choose(op: str, implementation: str | None, arrays: dict, interpret: bool) 
     """
     named = implementation is not None
     names = [implementation] if named else list(IMPLEMENTATIONS)
-    reasons = {name: unsupported_reason(op, name, arrays, interpret=interpret, named=named) for name in names}
+    reasons = {name: unsupported_reason(op, name, arrays, interpret=interpret) for name in names}
     for name, reason in reasons.items():
         if reason is None:
             function = getattr(IMPLEMENTATIONS[name], op)

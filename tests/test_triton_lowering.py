@@ -123,13 +123,12 @@ def test_model_uses_the_kernels(remat, implementation):
     """None chooses Triton for CUDA, for the forward and the backward pass: nothing falls back silently."""
     config = small(num_layers=1, remat=remat, implementation=implementation)
     gradient, arguments = model_gradient(config)
-    forward = {"grouped_matmul": 2, "recurrence_prepare": 1, "recurrence_scan": 1}  # k and v
-    backward = {
-        "grouped_matmul_dx": 2, "grouped_matmul_dw": 2, "grouped_matmul_dw_add": 2, "recurrence_scan_grad": 1,
-        "recurrence_gradients": 1,
+    forward = {
+        "grouped_matmul": 2, "short_convolution": 3, "recurrence_prepare": 1, "recurrence_scan": 1, "gated_rms_norm": 1,
     }  # fmt: skip
-    if implementation == "triton":  # kernels that None does not choose yet
-        forward |= {"short_convolution": 3, "gated_rms_norm": 1}  # q, k and v
-        backward |= {"short_convolution_grad": 3, "gated_rms_norm_grad": 1, "gated_rms_norm_slots_grad": 1}
+    backward = {
+        "grouped_matmul_dx": 2, "grouped_matmul_dw": 2, "grouped_matmul_dw_add": 2, "short_convolution_grad": 3,
+        "recurrence_scan_grad": 1, "recurrence_gradients": 1, "gated_rms_norm_grad": 1, "gated_rms_norm_slots_grad": 1,
+    }  # fmt: skip
     times = 2 if remat == "full" else 1  # the backward pass computes the forward pass again
     assert kernels(lower(gradient, *arguments)) == {k: times * n for k, n in forward.items()} | backward

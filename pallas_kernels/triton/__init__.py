@@ -17,18 +17,9 @@ __all__ = [
 CAPABILITIES = ("8.0", "9.0", "10.0", "10.3")
 
 
-def unsupported_reason(op: str, arrays: dict, *, interpret: bool, named: bool) -> str | None:
-    """Why the kernels cannot run ``op`` here; None if they can.
-
-    Args:
-      arrays: the arguments by their names.
-      named: whether the caller named Triton, and so also gets kernels that have not been run on a GPU yet.
-    """
-    return (
-        (None if interpret else _device_reason(arrays))
-        or _shape_reason(op, arrays)
-        or (None if named else _untried_reason(op, arrays))
-    )
+def unsupported_reason(op: str, arrays: dict, *, interpret: bool) -> str | None:
+    """Why the kernels cannot run ``op``, given its arguments by their names, here; None if they can."""
+    return (None if interpret else _device_reason(arrays)) or _shape_reason(op, arrays)
 
 
 def _device_reason(arrays: dict) -> str | None:
@@ -66,10 +57,3 @@ def _shape_reason(op: str, arrays: dict) -> str | None:
 
 def _is_per_key(arrays: dict) -> bool:
     return arrays["log_decay"] is not None and arrays["log_decay"].ndim == 4
-
-
-def _untried_reason(op: str, arrays: dict) -> str | None:
-    per_key = op == "linear_attention" and _is_per_key(arrays)
-    if per_key or op in ("short_convolution", "combine_gated_rms_norm"):
-        return "this kernel is right in the interpreter but has not been run on a GPU yet: name it to use it"
-    return None
