@@ -126,7 +126,8 @@ class ModelConfig:
     implementation: Literal["triton", "chunked", "reference"] | None = None
     """Implementation of the ops over 64 tokens and more; None: the fastest that is proven for the call and the device."""
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes in each layer: nothing, all but matmul results, or everything."""
+    """What the backward pass recomputes in each layer: nothing; all but what matmuls gave, and the small matrices of the
+    recurrence's chunks; or everything."""
     bos_token_id: int | None = 1
     """Id that begins a document, if any."""
     eos_token_id: int | None = 2

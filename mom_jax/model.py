@@ -17,7 +17,7 @@ from mom_jax.layers import SwiGLU, einsum_float32, normal_param, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
 from mom_jax.sharding import constrain
-from pallas_kernels.api import rms_norm
+from pallas_kernels.api import PRODUCTS, rms_norm
 
 MIXERS = {"mom": MixtureOfMemories, "attention": Attention}
 Params = dict[str, Any]  # a pure-dict tree of arrays
@@ -92,9 +92,12 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: 
     return nnx.merge(graph, abstract)
 
 
+_policies = jax.checkpoint_policies
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*PRODUCTS)
+    ),
+    "full": _policies.nothing_saveable,
 }
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig, TrainConfig, require
-from mom_jax.model import MoMLanguageModel, bind, init_params
+from mom_jax.model import MoMLanguageModel, Params, bind, init_params
 from mom_jax.sharding import leaf_name, parameter_specs, shardings
 
 Batch = dict[str, jax.Array]
@@ -80,6 +80,15 @@ def loss_and_metrics(
         "load": out.router.load,
     }  # fmt: skip
     return nats / count + config.balance_loss_scale * balance + config.router_z_loss_scale * z_loss, metrics
+
+
+def cast_weights(params: Params, dtype) -> Params:
+    """The weights of the layers' matmuls in the compute type: once a step, not once in every layer and pass."""
+
+    def cast(path, x):
+        return x.astype(dtype) if leaf_name(path).startswith(("w_", "shared_", "attention_")) else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def has_weight_decay(name: str) -> bool:
@@ -160,27 +169,28 @@ def make_train_step(model: ModelConfig, train: TrainConfig) -> Callable[[State, 
         key = jax.random.fold_in(state["key"], state["step"])
         total = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1)
 
-        def piece(carry, xs):
-            grads, metrics = carry
-            batch, index = xs
+        def gradients(batch, index):
+            """Of a piece's part of the loss, and its part of the metrics."""
             share = jnp.sum(batch["targets"] >= 0) / total  # of the whole batch's targets
 
             def loss(params):
-                bound = bind(model, params, variables)
+                bound = bind(model, cast_weights(params, model.dtype), variables)
                 loss, metrics = loss_and_metrics(bound, batch, train.loss_chunk, jax.random.fold_in(key, index))
                 weighed = share * metrics["loss"] + (loss - metrics["loss"]) / pieces
                 weights = {name: share if name in ("loss", "accuracy") else 1 / pieces for name in metrics}
                 return weighed, {name: weights[name] * metric for name, metric in metrics.items()}
 
-            more, more_metrics = jax.grad(loss, has_aux=True)(params)
-            return jax.tree.map(jnp.add, (grads, metrics), (more, more_metrics)), None
+            return jax.grad(loss, has_aux=True)(params)
 
-        batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), batch)
-        mom_layers = model.num_layers - len(model.attention.layers)
-        metrics = dict.fromkeys(("loss", "accuracy", "balance_loss", "z_loss"), jnp.zeros(()))
-        metrics["load"] = jnp.zeros((mom_layers, model.num_memories))
-        zeros = jax.tree.map(jnp.zeros_like, params), metrics
-        (grads, metrics), _ = jax.lax.scan(piece, zeros, (batches, jnp.arange(pieces)))
+        if pieces == 1:
+            grads, metrics = gradients(batch, 0)
+        else:
+            batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), batch)
+            xs = batches, jnp.arange(pieces)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], xs)))
+            (grads, metrics), _ = jax.lax.scan(
+                lambda sums, xs: (jax.tree.map(jnp.add, sums, gradients(*xs)), None), zeros, xs
+            )  # fmt: skip
 
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
         params = optax.apply_updates(params, updates)

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import chunked, reference, triton
@@ -15,14 +16,16 @@ from pallas_kernels.reference import delta_step
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 
 __all__ = [
-    "SEGMENT_ALIGNMENT", "Segments", "combine_gated_rms_norm", "convolution_history", "delta_step", "gated_delta_rule",
-    "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm", "linear_attention", "rms_norm", "short_convolution",
-    "short_convolution_step",
+    "PRODUCTS", "SEGMENT_ALIGNMENT", "Segments", "combine_gated_rms_norm", "convolution_history", "delta_step",
+    "gated_delta_rule", "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm", "linear_attention", "rms_norm",
+    "short_convolution", "short_convolution_step",
 ]  # fmt: skip
 
 # In the order in which None tries them.
 IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "chunked": chunked, "reference": reference}
 PALLAS = ("triton",)
+# Names, for policies of jax.checkpoint, of results that cost matrix products to compute again and little memory to keep.
+PRODUCTS = ("grouped_matmul", triton.CHUNK_MATRICES)
 PLANNED = ("mosaic_tpu",)
 
 
@@ -224,7 +227,7 @@ def grouped_matmul(
         allowed = array.dtype in (jnp.float32, jnp.bfloat16) and x.dtype == w.dtype
         _check(op, allowed, f"the dtype of {name}", array.dtype, "x and w: float32 or bfloat16, alike")
     run = _choose(op, implementation, {"x": x, "w": w}, interpret)
-    return run(x, w, segments=segments, token_of=token_of, slot_of=slot_of)
+    return checkpoint_name(run(x, w, segments=segments, token_of=token_of, slot_of=slot_of), op)
 
 
 def short_convolution(

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.segments import Segments, where_real
 from pallas_kernels.triton import per_key, scan
@@ -11,25 +12,29 @@ from pallas_kernels.triton.chunks import CHUNK, Decays, Layout
 from pallas_kernels.triton.gradients import gradients
 from pallas_kernels.triton.prepare import prepare
 
+CHUNK_MATRICES = "chunk_matrices"  # the name of P and T for policies of jax.checkpoint
 
-def _prepare_and_scan(q, k, v, g, beta, initial_state, layout, scale, interpret, save):
-    scores, inverse = prepare(q, k, g, beta, layout, scale=scale, interpret=interpret)
+
+def _scan(q, k, v, g, beta, initial_state, scores, inverse, layout, scale, interpret, save):
     out = scan.forward(
         q, k, v, Decays.of(g, layout.run, q.shape[2]), beta, None, scores, inverse, initial_state, layout, scale=scale,
         save=save, interpret=interpret,
     )  # fmt: skip
-    return (out["o"], out["final_state"]), (scores, inverse, out.get("states"), out.get("new"))
+    return (out["o"], out["final_state"]), (out.get("states"), out.get("new"))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _recurrence(q, k, v, g, beta, initial_state, layout: Layout, scale: float, interpret: bool):
-    """o [B,N,H,V] and final states; g, beta: float32 [B,H,N] or None, see chunks.py."""
-    return _prepare_and_scan(q, k, v, g, beta, initial_state, layout, scale, interpret, save=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10))
+def _recurrence(q, k, v, g, beta, initial_state, scores, inverse, layout: Layout, scale: float, interpret: bool):
+    """o [B,N,H,V] and final states; g, beta: float32 [B,H,N] or None, see chunks.py.
+
+    The gradients of q, k, g and beta hold what flows through scores and inverse, whose own are zero.
+    """
+    return _scan(q, k, v, g, beta, initial_state, scores, inverse, layout, scale, interpret, save=False)[0]
 
 
-def _forward(q, k, v, g, beta, initial_state, layout, scale, interpret):
-    outputs, saved = _prepare_and_scan(q, k, v, g, beta, initial_state, layout, scale, interpret, save=True)
-    return outputs, (q, k, v, g, beta, layout, *saved)
+def _forward(q, k, v, g, beta, initial_state, scores, inverse, layout, scale, interpret):
+    outputs, saved = _scan(q, k, v, g, beta, initial_state, scores, inverse, layout, scale, interpret, save=True)
+    return outputs, (q, k, v, g, beta, layout, scores, inverse, *saved)
 
 
 def _backward(scale, interpret, residuals, cotangents):
@@ -48,10 +53,11 @@ def _backward(scale, interpret, residuals, cotangents):
         y, by_slot = y.astype(jnp.float32), jnp.moveaxis(beta, 1, 2)[..., None]
         dv = (by_slot * y).astype(v.dtype)
         dbeta = grads["dbeta"] + jnp.moveaxis(jnp.sum(where_real(layout.is_real, v) * y, axis=-1), 2, 1)
-    return grads["dq"], grads["dk"], dv, grads.get("dg"), dbeta, through["d_initial_state"], None
+    return grads["dq"], grads["dk"], dv, grads.get("dg"), dbeta, through["d_initial_state"], None, None, None
 
 
-_recurrence.defvjp(_forward, _backward)
+# optimize_remat: under jax.checkpoint the first forward pass is the function itself, which does not save the states.
+_recurrence.defvjp(_forward, _backward, optimize_remat=True)
 
 
 NO_DECAY = Decays(None, None, None)
@@ -95,7 +101,7 @@ def _per_key_backward(scale, interpret, residuals, cotangents):
     return grads["dq"], grads["dk"], through["y"], grads["dg"], through["d_initial_state"], None
 
 
-_per_key.defvjp(_per_key_forward, _per_key_backward)
+_per_key.defvjp(_per_key_forward, _per_key_backward, optimize_remat=True)
 
 
 def gated_delta_rule(q, k, v, log_decay, beta, *, segments: Segments, run_ids, initial_state, scale, interpret):
@@ -113,7 +119,10 @@ def gated_delta_rule(q, k, v, log_decay, beta, *, segments: Segments, run_ids, i
         by_chunk = by_head(log_decay).reshape(batch, heads, -1, CHUNK)
         g = jnp.cumsum(by_chunk, axis=-1).reshape(batch, heads, num_slots)
     beta = None if beta is None else by_head(beta)
-    return _recurrence(q, k, v, g, beta, initial_state, layout, scale, interpret)
+    # Outside of what is differentiated, and named, so that a policy of jax.checkpoint can save them: they are small.
+    matrices = prepare(*jax.lax.stop_gradient((q, k, g, beta)), layout, scale=scale, interpret=interpret)
+    matrices = checkpoint_name(matrices, CHUNK_MATRICES)
+    return _recurrence(q, k, v, g, beta, initial_state, *matrices, layout, scale, interpret)
 
 
 def linear_attention(q, k, v, log_decay, *, segments: Segments, run_ids, initial_state, scale, interpret):
