@@ -128,6 +128,8 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes in each layer: nothing; all but what matmuls gave, and the small matrices of the
     recurrence's chunks; or everything."""
+    unroll: bool = False
+    """Whether layers are compiled one by one, not as the body of a loop: faster steps, several times the compilation."""
     bos_token_id: int | None = 1
     """Id that begins a document, if any."""
     eos_token_id: int | None = 2

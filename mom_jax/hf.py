@@ -149,9 +149,10 @@ def save_pretrained(
 ) -> None:
     """Write ``model`` into ``directory``, made if it is not there, with all tensors of type ``dtype``.
 
-    What the official configuration has no field for (``remat``, ``implementation``, dropout, the router's z-loss) is not
-    saved. The files are written aside and moved in together when all are whole, config.json last: an error before that
-    leaves the directory as it was, and a model of which only some files were moved has no config.json and does not load.
+    What the official configuration has no field for (``remat``, ``unroll``, ``implementation``, dropout, the router's
+    z-loss) is not saved. The files are written aside and moved in together when all are whole, config.json last: an error
+    before that leaves the directory as it was, and a model of which only some files were moved has no config.json and does
+    not load.
 
     Args:
       dtype: "float32", to the bit, or "bfloat16".

@@ -199,10 +199,11 @@ class MoMLanguageModel(nnx.Module):
                 statistics = RouterStatistics(routing.logits, routing.load, routing.importance, routing.z_loss)
             return (x, states), statistics
 
+        unroll = self.config.unroll
         if self.config.remat != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT[self.config.remat], prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=_REMAT[self.config.remat], prevent_cse=unroll)
         count = jax.tree.leaves(params)[0].shape[0]
-        (x, state), statistics = lax.scan(layer, (x, state), (params, jnp.arange(count)))
+        (x, state), statistics = lax.scan(layer, (x, state), (params, jnp.arange(count)), unroll=unroll)
         return x, statistics, state
 
     def _gather_statistics(self, routings, shape) -> RouterStatistics:

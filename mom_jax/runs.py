@@ -33,7 +33,7 @@ class Run(NamedTuple):
     data: DataConfig
 
 
-DEFAULTS = {"remat": "none", "implementation": None}
+DEFAULTS = {"remat": "none", "unroll": False, "implementation": None}
 
 
 def load_run(directory: str | os.PathLike, *, best: bool = False, **overrides: Any) -> Run:
@@ -42,7 +42,7 @@ def load_run(directory: str | os.PathLike, *, best: bool = False, **overrides: A
     Args:
       best: of the kept checkpoint with the lowest held-out loss instead.
       overrides: fields of ModelConfig, such as ``dtype``; without them the run's, but for what depends on the machine:
-        ``remat="none"`` and ``implementation=None``.
+        ``remat="none"``, ``unroll=False`` and ``implementation=None``.
 
     Raises:
       FileNotFoundError: there is no run, no checkpoint or no tokenizer. RuntimeError: all checkpoints are damaged.

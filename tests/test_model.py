@@ -334,9 +334,11 @@ def loss_and_gradient(**overrides):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"remat": "dots"}, {"remat": "full"}, {"implementation": "reference"}], ids=lambda o: str(*o.values())
+    "overrides",
+    [{"remat": "dots"}, {"remat": "full"}, {"remat": "dots", "unroll": True}, {"implementation": "reference"}],
+    ids=str,
 )
-def test_remat_and_implementation_change_no_gradient(overrides):
+def test_remat_unrolling_and_implementation_change_no_gradient(overrides):
     assert_close(loss_and_gradient(**overrides), loss_and_gradient(remat="none"), LIMIT)
 
 

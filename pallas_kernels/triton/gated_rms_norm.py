@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.triton.gated_rms_norm_kernels import Inputs, Options, backward_kernel, forward_kernel, slots_kernel
 from pallas_kernels.triton.launch import KernelConfig, launch
 
-CONFIG = KernelConfig(tile=32, num_warps=2, num_stages=1)
-SLOTS = KernelConfig(tile=16, num_warps=4, num_stages=1)  # of the kernel that gathers the slots' gradients
+CONFIG = KernelConfig(tile=8, num_warps=4, num_stages=1)
+SLOTS = KernelConfig(tile=16, num_warps=2, num_stages=1)  # of the kernel that gathers the slots' gradients
 CHANNELS_PER_WARP = 512
 
 

@@ -2,6 +2,9 @@
 
     P_ij = scale q_i . k_j exp(g_i - g_j)  for j <= i          A_ij = b_i k_i . k_j exp(g_i - g_j)  for j < i
     T = (I + A)^-1
+
+Two kernels: products of whole chunks want four warps and large operands, the inverse is a chain of small products that
+each wait for the one before. There a program is one warp, so that many of them hide each other's waiting.
 """
 
 import functools
@@ -15,33 +18,42 @@ from pallas_kernels.triton.chunks import CHUNK, Layout, load_rows, load_vector, 
 from pallas_kernels.triton.launch import KernelConfig, dot, launch
 
 CONFIG = KernelConfig(tile=CHUNK, num_warps=4, num_stages=1)
+INVERSE = KernelConfig(tile=16, num_warps=1, num_stages=1)  # the smallest tile that tensor cores take
 
 
-def unit_lower_inverse(a: jax.Array, dtype) -> jax.Array:
-    """(I + A)^-1 for strictly lower triangular A, float32 [C, C], by merging the inverses of blocks of 1, 2, 4 ... rows.
+def unit_lower_inverse(a: dict, product) -> dict:
+    """(I + A)^-1 for strictly lower triangular A, as blocks {(i, j): [C', C']} for j <= i, a power of two a side.
 
-    With X the inverse of the block diagonal and N the blocks below it that the next larger blocks take in, the merged
-    inverse is X - X N X: forward substitution, without the cancellation of powers of A for repeated keys. The products
-    split their operands into two bfloat16 parts each, three where the inverse is wanted in float32: with one part, or TF32,
-    the error would be seen.
+    Forward substitution, without the cancellation of powers of A for repeated keys: with X and Z the inverses of two
+    neighbours on the diagonal and N the block below X and left of Z, the block between them is -Z N X.
     """
-    algorithms = lax.DotAlgorithmPreset
-    precision = algorithms.BF16_BF16_F32_X6 if dtype == jnp.float32 else algorithms.BF16_BF16_F32_X3
-
-    def product(x, y):
-        return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
-
-    i, j = jnp.arange(CHUNK)[:, None], jnp.arange(CHUNK)[None, :]
-    inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where(i // 2 == j // 2, a, 0.0)
-    block = 2
-    while block < CHUNK:
-        merged = (i // (2 * block) == j // (2 * block)) & (i // block != j // block)
-        inverse = inverse - product(product(inverse, jnp.where(merged, a, 0.0)), inverse)
-        block *= 2
+    count = max(i for i, _ in a) + 1
+    inverse, size = {(i, i): _inverse_of_block(a[i, i], product) for i in range(count)}, 1
+    while size < count:
+        for first in range(0, count, 2 * size):
+            columns, rows = range(first, first + size), range(first + size, first + 2 * size)
+            right = {
+                (i, j): sum(product(a[i, m], inverse[m, j]) for m in columns if m >= j) for i in rows for j in columns
+            }  # fmt: skip
+            inverse |= {
+                (i, j): -sum(product(inverse[i, m], right[m, j]) for m in rows if m <= i) for i in rows for j in columns
+            }  # fmt: skip
+        size *= 2
     return inverse
 
 
-def _kernel(inputs, outputs, *, scale, dtype):
+def _inverse_of_block(a, product):
+    """The same within a block: the inverses of 2, 4, 8 ... rows are merged by X - X N X, N masked."""
+    i, j = jnp.arange(a.shape[0])[:, None], jnp.arange(a.shape[0])[None, :]
+    inverse, size = jnp.where(i == j, 1.0, 0.0) - jnp.where(i // 2 == j // 2, a, 0.0), 2
+    while size < a.shape[0]:
+        merged = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
+        inverse = inverse - product(product(inverse, jnp.where(merged, a, 0.0)), inverse)
+        size *= 2
+    return inverse
+
+
+def _products_kernel(inputs, outputs, *, scale, dtype):
     chunk = pl.program_id(0)
     valid = inputs["valid"][chunk]
 
@@ -55,8 +67,31 @@ def _kernel(inputs, outputs, *, scale, dtype):
         if inputs["beta"] is not None:
             i = jnp.arange(CHUNK)
             strict = jnp.where(i[:, None] > i[None, :], within, 0.0)
-            a = load_vector(inputs["beta"], chunk)[:, None] * dot(k, k.T, dtype) * strict
-            outputs["inverse"][rows, :] = unit_lower_inverse(a, dtype).astype(dtype)
+            outputs["system"][rows, :] = load_vector(inputs["beta"], chunk)[:, None] * dot(k, k.T, dtype) * strict
+
+
+def _inverse_kernel(system_ref, valid_ref, inverse_ref, *, block):
+    """The products split their operands into two bfloat16 parts each, three where the inverse is wanted in float32: with one
+    part, or TF32, the error would be seen.
+    """
+    chunk, blocks = pl.program_id(0), range(CHUNK // block)
+    algorithms = lax.DotAlgorithmPreset
+    is_float32 = inverse_ref.dtype == jnp.float32
+    precision = algorithms.BF16_BF16_F32_X6 if is_float32 else algorithms.BF16_BF16_F32_X3
+
+    def product(x, y):
+        return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+    def at(i, j):
+        return pl.ds(chunk * CHUNK + i * block, block), pl.ds(j * block, block)
+
+    @pl.when(valid_ref[chunk] > 0)
+    def _():
+        inverse = unit_lower_inverse({(i, j): system_ref[at(i, j)] for i in blocks for j in blocks if j <= i}, product)
+        for i in blocks:
+            for j in blocks:
+                value = inverse[i, j] if j <= i else jnp.zeros((block, block), jnp.float32)
+                inverse_ref[at(i, j)] = value.astype(inverse_ref.dtype)
 
 
 def prepare(q, k, g, beta, layout: Layout, *, scale: float, interpret: bool, config: KernelConfig = CONFIG):
@@ -71,16 +106,20 @@ def prepare(q, k, g, beta, layout: Layout, *, scale: float, interpret: bool, con
         "run": None if layout.run is None else pl.BlockSpec((None, num_slots), lambda n, h, b: (b, 0)),
         "valid": pl.BlockSpec((None, layout.valid.shape[1]), lambda n, h, b: (b, 0)),
     }  # fmt: skip
-    names = ("scores",) if beta is None else ("scores", "inverse")
+    squares = (batch, heads, num_slots, CHUNK)
+    shapes = {"scores": jax.ShapeDtypeStruct(squares, q.dtype)}
+    if beta is not None:
+        shapes["system"] = jax.ShapeDtypeStruct(squares, jnp.float32)
+    grid = (num_slots // CHUNK, heads, batch)
     out = launch(
-        functools.partial(_kernel, scale=scale, dtype=q.dtype),
-        operands,
-        name="recurrence_prepare",
-        grid=(num_slots // CHUNK, heads, batch),
-        in_specs=(specs,),
-        out_specs={name: square for name in names},
-        out_shape={name: jax.ShapeDtypeStruct((batch, heads, num_slots, CHUNK), q.dtype) for name in names},
-        config=config,
-        interpret=interpret,
-    )
-    return out["scores"], out.get("inverse")
+        functools.partial(_products_kernel, scale=scale, dtype=q.dtype), operands, name="recurrence_prepare", grid=grid,
+        in_specs=(specs,), out_specs=dict.fromkeys(shapes, square), out_shape=shapes, config=config, interpret=interpret,
+    )  # fmt: skip
+    if beta is None:
+        return out["scores"], None
+    inverse = launch(
+        functools.partial(_inverse_kernel, block=INVERSE.tile), out["system"], layout.valid, name="recurrence_inverse",
+        grid=grid, in_specs=[square, specs["valid"]], out_specs=square, out_shape=jax.ShapeDtypeStruct(squares, q.dtype),
+        config=INVERSE, interpret=interpret,
+    )  # fmt: skip
+    return out["scores"], inverse
