@@ -2,14 +2,15 @@
 
 import jax
 
+from pallas_kernels.triton.cross_entropy import linear_cross_entropy
 from pallas_kernels.triton.gated_rms_norm import combine_gated_rms_norm
 from pallas_kernels.triton.grouped_matmul import grouped_matmul
 from pallas_kernels.triton.recurrence import gated_delta_rule, linear_attention
 from pallas_kernels.triton.short_convolution import short_convolution
 
 __all__ = [
-    "combine_gated_rms_norm", "gated_delta_rule", "grouped_matmul", "linear_attention", "short_convolution",
-    "unsupported_reason",
+    "combine_gated_rms_norm", "gated_delta_rule", "grouped_matmul", "linear_attention", "linear_cross_entropy",
+    "short_convolution", "unsupported_reason",
 ]  # fmt: skip
 
 # Compute capabilities whose shared memory holds the tiles in bfloat16: H100, H200 (run on an H200), A100 (compiled for its
