@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from mom_jax.config import ModelConfig, TrainConfig, require
 from mom_jax.model import MoMLanguageModel, Params, bind, init_params
 from mom_jax.sharding import leaf_name, parameter_specs, shardings
+from pallas_kernels.api import linear_cross_entropy
 
 Batch = dict[str, jax.Array]
 State = dict[str, Any]
@@ -29,31 +30,17 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums over the tokens with a target: of -log p(target), in nats, and of the right first guesses.
 
-    Works on ``chunk`` tokens of every row at a time, forward and backward, so that [B, T, O] never exists.
+    Works on ``chunk`` tokens of every row at a time, so that [B, T, O] never exists.
 
     Args:
       targets: ids, or -1 where there is no loss.
     """
-    chunk = min(chunk, hidden.shape[1])
-    pad = -hidden.shape[1] % chunk
-    hidden = jnp.pad(hidden, [(0, 0), (0, pad), (0, 0)])
-    targets = jnp.pad(targets, [(0, 0), (0, pad)], constant_values=-1)
-
-    @jax.checkpoint
-    def piece(sums, xs):
-        hidden, targets = xs
-        logits = model.logits(hidden)
-        label = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - label
-        hits = jnp.argmax(logits, axis=-1) == targets
-        loss, correct = sums
-        return (loss + jnp.sum(jnp.where(targets >= 0, losses, 0)), correct + jnp.sum(hits, dtype=jnp.float32)), None
-
-    def pieces(x):
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-    sums, _ = jax.lax.scan(piece, (jnp.zeros(()), jnp.zeros(())), (pieces(hidden), pieces(targets)))
-    return sums
+    config = model.config
+    head = model.embedding if config.tie_embeddings else model.head
+    return linear_cross_entropy(
+        hidden.astype(config.dtype), head[...], targets, chunk=chunk, transposed=config.tie_embeddings,
+        implementation=config.implementation,
+    )  # fmt: skip
 
 
 def loss_and_metrics(

@@ -17,8 +17,8 @@ from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 
 __all__ = [
     "PRODUCTS", "SEGMENT_ALIGNMENT", "Segments", "combine_gated_rms_norm", "convolution_history", "delta_step",
-    "gated_delta_rule", "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm", "linear_attention", "rms_norm",
-    "short_convolution", "short_convolution_step",
+    "gated_delta_rule", "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm", "linear_attention",
+    "linear_cross_entropy", "rms_norm", "short_convolution", "short_convolution_step",
 ]  # fmt: skip
 
 # In the order in which None tries them.
@@ -296,3 +296,35 @@ def combine_gated_rms_norm(
     """
     run = _choose("combine_gated_rms_norm", implementation, {"x": o}, interpret)
     return run(o, weights, gate, scale, eps, slot_of=slot_of, token_of=token_of, choice_of=choice_of)
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D O"] | Float[Array, "O D"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int,
+    transposed: bool = False,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums over the tokens with a target: of -log softmax(hidden head)[target], and of the right first guesses.
+
+    Logits exist for ``chunk`` tokens of every row at a time and are computed once: when the first sum is differentiated (the
+    second has no gradient), the forward pass makes the gradients of hidden and the head too, and keeps them.
+
+    Args:
+      hidden: of the compute type, in which the operands of all products are; logits and sums are float32.
+      head: with ``transposed`` [O, D].
+      targets: ids, or -1 where there is no loss.
+    """
+    op = "linear_cross_entropy"
+    shape = (head.shape[::-1] if transposed else head.shape) if head.ndim == 2 else ()
+    _check(op, shape[:1] == hidden.shape[2:], "the shape of head", head.shape, f"D is {hidden.shape[-1]}: [D, O], or [O, D]")
+    allowed = f"it must be {hidden.shape[:2]}"
+    _check(op, targets.shape == hidden.shape[:2], "the shape of targets", targets.shape, allowed)
+    allowed = hidden.dtype in (jnp.float32, jnp.bfloat16)
+    _check(op, allowed, "the dtype of hidden", hidden.dtype, "float32 or bfloat16")
+    _check(op, chunk > 0, "chunk", chunk, "at least one token")
+    run = _choose(op, implementation, {"hidden": hidden, "head": head}, interpret)
+    return run(hidden, head, targets, chunk=chunk, transposed=transposed)

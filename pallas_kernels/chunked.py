@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.cross_entropy import linear_cross_entropy  # noqa: F401
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
 from pallas_kernels.segments import Segments, where_real

@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels.triton.cross_entropy import linear_cross_entropy
 from pallas_kernels.triton.gated_rms_norm import combine_gated_rms_norm
 from pallas_kernels.triton.grouped_matmul import grouped_matmul
 from pallas_kernels.triton.recurrence import CHUNK_MATRICES, gated_delta_rule, linear_attention
@@ -9,7 +10,7 @@ from pallas_kernels.triton.short_convolution import short_convolution
 
 __all__ = [
     "CHUNK_MATRICES", "combine_gated_rms_norm", "gated_delta_rule", "grouped_matmul", "linear_attention",
-    "short_convolution", "unsupported_reason",
+    "linear_cross_entropy", "short_convolution", "unsupported_reason",
 ]  # fmt: skip
 
 # Compute capabilities whose shared memory holds the tiles in bfloat16: H100, H200 (run on an H200), A100 (compiled for its
