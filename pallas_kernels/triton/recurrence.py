@@ -63,8 +63,10 @@ _recurrence.defvjp(_forward, _backward, optimize_remat=True)
 NO_DECAY = Decays(None, None, None)
 
 
-def _prepare_and_scan_per_key(q, k, v, g, initial_state, layout, scale, interpret, save):
-    scores, q_carried, k_tail, key_decay = prepared = per_key.prepare(q, k, g, layout, scale=scale, interpret=interpret)
+def _prepare_and_scan_per_key(q, k, v, log_decay, initial_state, layout, scale, interpret, save):
+    scores, q_carried, k_tail, key_decay = prepared = per_key.prepare(
+        q, k, log_decay, layout, scale=scale, interpret=interpret
+    )
     out = scan.forward(
         q_carried, k_tail, v, NO_DECAY, None, key_decay, scores, None, initial_state, layout, scale=scale, save=save,
         interpret=interpret,
@@ -73,18 +75,18 @@ def _prepare_and_scan_per_key(q, k, v, g, initial_state, layout, scale, interpre
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _per_key(q, k, v, g, initial_state, layout: Layout, scale: float, interpret: bool):
-    """Linear attention with g, the log-decay a key, cumulative in each chunk, float32 [B,N,H,K]."""
-    return _prepare_and_scan_per_key(q, k, v, g, initial_state, layout, scale, interpret, save=False)[0]
+def _per_key(q, k, v, log_decay, initial_state, layout: Layout, scale: float, interpret: bool):
+    """Linear attention with a log-decay a key, float32 [B,N,H,K]."""
+    return _prepare_and_scan_per_key(q, k, v, log_decay, initial_state, layout, scale, interpret, save=False)[0]
 
 
-def _per_key_forward(q, k, v, g, initial_state, layout, scale, interpret):
-    outputs, saved = _prepare_and_scan_per_key(q, k, v, g, initial_state, layout, scale, interpret, save=True)
-    return outputs, (q, k, v, g, layout, *saved)
+def _per_key_forward(q, k, v, log_decay, initial_state, layout, scale, interpret):
+    outputs, saved = _prepare_and_scan_per_key(q, k, v, log_decay, initial_state, layout, scale, interpret, save=True)
+    return outputs, (q, k, v, log_decay, layout, *saved)
 
 
 def _per_key_backward(scale, interpret, residuals, cotangents):
-    q, k, v, g, layout, (scores, q_carried, k_tail, key_decay), states = residuals
+    q, k, v, log_decay, layout, (scores, q_carried, k_tail, key_decay), states = residuals
     do, d_final_state = cotangents
     through = scan.backward(
         q_carried, k_tail, NO_DECAY, None, key_decay, scores, None, do, d_final_state, layout, scale=scale,
@@ -95,10 +97,10 @@ def _per_key_backward(scale, interpret, residuals, cotangents):
         interpret=interpret, per_key=True,
     )  # fmt: skip
     grads = per_key.gradient(
-        q, k, g, grads["d_scores"], grads["dq"], grads["dk"], grads["d_key_decay"], layout, scale=scale,
-        interpret=interpret,
+        q, k, log_decay, key_decay, grads["d_scores"], grads["dq"], grads["dk"], grads["d_key_decay"], layout,
+        scale=scale, interpret=interpret,
     )  # fmt: skip
-    return grads["dq"], grads["dk"], through["y"], grads["dg"], through["d_initial_state"], None
+    return grads["dq"], grads["dk"], through["y"], grads["d_log_decay"], through["d_initial_state"], None
 
 
 _per_key.defvjp(_per_key_forward, _per_key_backward, optimize_remat=True)
@@ -133,6 +135,4 @@ def linear_attention(q, k, v, log_decay, *, segments: Segments, run_ids, initial
             interpret=interpret,
         )  # fmt: skip
     layout = Layout.of(segments, run_ids, q.shape[1])
-    by_chunk = where_real(layout.is_real, log_decay).astype(jnp.float32).reshape(q.shape[0], -1, CHUNK, *q.shape[2:])
-    g = jnp.cumsum(by_chunk, axis=2).reshape(q.shape)
-    return _per_key(q, k, v, g, initial_state, layout, scale, interpret)
+    return _per_key(q, k, v, log_decay.astype(jnp.float32), initial_state, layout, scale, interpret)
