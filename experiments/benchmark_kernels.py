@@ -11,25 +11,17 @@ is hidden; cotangents are random. The floor is what the device's own measured ma
 A work whose implementation is wrong (relative L2 error over the tests' limits) is not timed and ends the run with status 1.
 """
 
-import json
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from cli import run
+from timing import LIMIT, Timing, device_figures, milliseconds, relative_error, title, write_report
 
 from mom_jax.config import require
 from pallas_kernels import api
 from pallas_kernels.api import Segments
-
-LIMIT = 2e-2  # relative L2 error in bfloat16 against the float32 reference
 
 
 @dataclass(frozen=True)
@@ -94,48 +86,20 @@ WORKS: dict[str, Recurrence | Grouped] = {
 
 
 @dataclass(frozen=True)
-class BenchmarkKernels:
+class BenchmarkKernels(Timing):
     """What to time."""
 
     works: tuple[str, ...] = tuple(name for name in WORKS if not name.startswith("small"))
     """Names of WORKS in this file; those named small are for a CPU."""
     implementations: tuple[str, ...] = ("triton", "chunked")
     """Implementations to set side by side."""
-    rounds: int = 5
-    """Rounds of which the median is taken."""
-    calls: int = 8
-    """Calls queued in a round."""
     output: str = "runs/benchmark_kernels"
     """Directory of the table and the figures."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in self.works:
             require(name in WORKS, "works", name, f"choose from {', '.join(WORKS)}")
-        for name in ("rounds", "calls"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
-
-
-def milliseconds(config: BenchmarkKernels, function: Callable, *arguments) -> float:
-    """Time of a call."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(config.rounds):
-        start = time.perf_counter()
-        for _ in range(config.calls):
-            result = function(*arguments)
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / config.calls)
-    return 1e3 * statistics.median(times)
-
-
-def device_rates(config: BenchmarkKernels) -> tuple[float, float]:
-    """FLOP/s of a large bfloat16 matmul and bytes/s of a large copy, measured."""
-    side, length = (512, 2**20) if jax.default_backend() == "cpu" else (8192, 2**29)
-    x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    matmul = 2 * side**3 / milliseconds(config, jax.jit(jnp.matmul), x, x)
-    big = jax.random.normal(jax.random.key(0), (length,), jnp.bfloat16)
-    copy = 2 * big.nbytes / milliseconds(config, jax.jit(lambda x: -x), big)
-    return 1e3 * matmul, 1e3 * copy
 
 
 def recurrence_inputs(work: Recurrence) -> tuple:
@@ -166,15 +130,6 @@ def recurrence(work: Recurrence, implementation: str, arrays, segments):
 def with_gradients(work: Recurrence, implementation: str, arrays, segments, cotangents):
     outputs, pull = jax.vjp(lambda arrays: recurrence(work, implementation, arrays, segments), arrays)
     return outputs, pull(cotangents)
-
-
-def relative_error(actual, expected) -> float:
-    """The largest relative L2 error of the leaves, NaN if there is one."""
-    errors = []
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
-        errors.append(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-6))
-    return float(np.max(errors))
 
 
 def check_recurrence(work: Recurrence, implementation: str) -> float:
@@ -237,11 +192,8 @@ def floor(work: Recurrence | Grouped, what: str, matmul_rate: float, copy_rate: 
 
 
 def main(config: BenchmarkKernels) -> dict:
-    matmul_rate, copy_rate = device_rates(config)
-    device = jax.devices()[0].device_kind
-    rates = f"matmul {matmul_rate / 1e12:.0f} TFLOP/s, copy {copy_rate / 1e12:.2f} TB/s"
-    title = f"{device}, jax {jax.__version__}, {date.today()}: {rates}"
-    print(title)
+    figures = device_figures(config)
+    print(title(figures))
     rows, wrong = [], []
     for name in config.works:
         work = WORKS[name]
@@ -255,7 +207,7 @@ def main(config: BenchmarkKernels) -> dict:
                 print(wrong[-1])
                 continue
             for what, ms in measure(config, work, implementation).items():
-                lowest = floor(work, what, matmul_rate, copy_rate)
+                lowest = floor(work, what, figures["matmul_flops_per_s"], figures["copy_bytes_per_s"])
                 flops = work.flops * (3.5 if what == "with gradients" else 1)
                 row = {
                     "work": name, "implementation": implementation, "what": what, "ms": ms, "tflops": flops / ms / 1e9,
@@ -263,14 +215,9 @@ def main(config: BenchmarkKernels) -> dict:
                 }  # fmt: skip
                 rows.append(row)
                 print(format_row(row), flush=True)
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    figures = {"device": device, "jax": jax.__version__, "date": str(date.today()), "rows": rows}
-    figures |= {"matmul_flops_per_s": matmul_rate, "copy_bytes_per_s": copy_rate}
-    (output / "kernels.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    heading = "| work | implementation | what | ms | TFLOP/s | floor, ms | % of floor | error |\n" + "|---" * 8 + "|"
-    table = "\n".join([title, "", heading, *map(format_row, rows)])
-    (output / "kernels.md").write_text(table + "\n", encoding="utf-8")
+    figures["rows"] = rows
+    columns = ("work", "implementation", "what", "ms", "TFLOP/s", "floor, ms", "% of floor", "error")
+    write_report(config.output, "kernels", figures, columns, [format_row(row) for row in rows])
     if wrong:
         raise ValueError("wrong results, not timed: " + "; ".join(wrong))
     return figures

@@ -56,14 +56,18 @@ class BenchmarkTraining:
 
 def flops_per_token(config: ModelConfig) -> float:
     """Useful floating-point operations of a training step for a token; every layer a MoM layer."""
+    layer = mixer_flops_per_token(config) + 6 * config.hidden_size * config.mlp_size
+    return 3 * (config.num_layers * layer + 2 * config.hidden_size * config.vocab_size)
+
+
+def mixer_flops_per_token(config: ModelConfig) -> float:
+    """Useful floating-point operations of the forward pass of one MoM mixer for a token; with gradients three times."""
     d, h, k, v = config.hidden_size, config.num_heads, config.head_dim, config.value_head_dim
     used, all_memories = config.top_k + config.shared_memory, config.num_memories + config.shared_memory
     key_value = d * h * (k + v) * (1 if config.single_kv_proj else used)
     gates = 2 * d * h * (1 if config.single_kv_proj else all_memories)
-    mixer = d * h * k + key_value + gates + d * config.num_memories + d * h * v * (1 + config.use_output_gate)
-    layer = mixer + 3 * d * config.mlp_size
-    recurrence = used * h * (6 * k * v + 4 * 64 * (k + v))
-    return 6 * (config.num_layers * layer + d * config.vocab_size) + 3 * config.num_layers * recurrence
+    matmuls = d * h * k + key_value + gates + d * config.num_memories + d * h * v * (1 + config.use_output_gate)
+    return 2 * matmuls + used * h * (6 * k * v + 4 * 64 * (k + v))
 
 
 def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> dict:

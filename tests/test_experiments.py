@@ -323,6 +323,12 @@ SCRIPTS = {
         ],
         ["kernels.json", "kernels.md"],
     ),
+    "benchmark_layer.py": (
+        lambda workshop, output: [
+            "--works", "small", "--implementations", "default", "--rounds", "1", "--calls", "1", "--output", str(output),
+        ],
+        ["layer.json", "layer.md"],
+    ),
     "evaluate.py": (
         lambda workshop, output: [
             "--run", str(workshop.uninterrupted("windows")), "--output", str(output / "figures.json"),

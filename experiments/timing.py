@@ -1,0 +1,79 @@
+"""What the benchmarks share: times, the device's own rates, the error that is checked first, and the report."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mom_jax.config import require
+
+LIMIT = 2e-2  # relative L2 error in bfloat16 against the float32 reference
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How often to call what is timed: flags of every benchmark that inherits them."""
+
+    rounds: int = 5
+    """Rounds of which the median is taken."""
+    calls: int = 8
+    """Calls queued in a round."""
+
+    def __post_init__(self):
+        for name in ("rounds", "calls"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
+
+
+def milliseconds(timing: Timing, function: Callable, *arguments, wait: Callable = jax.block_until_ready) -> float:
+    """Time of a call; ``wait(result)`` returns when the device is done."""
+    wait(function(*arguments))
+    times = []
+    for _ in range(timing.rounds):
+        start = time.perf_counter()
+        for _ in range(timing.calls):
+            result = function(*arguments)
+        wait(result)
+        times.append((time.perf_counter() - start) / timing.calls)
+    return 1e3 * statistics.median(times)
+
+
+def device_figures(timing: Timing) -> dict:
+    """The device, and what it reaches: FLOP/s of a large bfloat16 matmul and bytes/s of a large copy, measured."""
+    side, length = (512, 2**20) if jax.default_backend() == "cpu" else (8192, 2**29)
+    x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    matmul = 2 * side**3 / milliseconds(timing, jax.jit(jnp.matmul), x, x)
+    big = jax.random.normal(jax.random.key(0), (length,), jnp.bfloat16)
+    copy = 2 * big.nbytes / milliseconds(timing, jax.jit(lambda x: -x), big)
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": str(date.today())}
+    return device | {"matmul_flops_per_s": 1e3 * matmul, "copy_bytes_per_s": 1e3 * copy}
+
+
+def title(figures: dict) -> str:
+    matmul, copy = figures["matmul_flops_per_s"] / 1e12, figures["copy_bytes_per_s"] / 1e12
+    rates = f"matmul {matmul:.0f} TFLOP/s, copy {copy:.2f} TB/s"
+    return f"{figures['device']}, jax {figures['jax']}, {figures['date']}: {rates}"
+
+
+def relative_error(actual, expected) -> float:
+    """The largest relative L2 error of the leaves, NaN if there is one."""
+    errors = []
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        errors.append(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-6))
+    return float(np.max(errors))
+
+
+def write_report(directory: str, name: str, figures: dict, columns: tuple[str, ...], lines: list[str]) -> None:
+    """The figures as ``name``.json, and ``name``.md: the title over a table of these lines."""
+    output = Path(directory)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    table = [title(figures), "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines]
+    (output / f"{name}.md").write_text("\n".join(table) + "\n", encoding="utf-8")
