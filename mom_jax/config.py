@@ -313,7 +313,7 @@ class TrainConfig:
     """Largest global gradient norm; larger gradients are scaled down to it."""
     accumulation: int = 1
     """Gradient-accumulation pieces a step; it divides the batch size."""
-    loss_chunk: int = 256
+    loss_chunk: int = 512
     """Tokens of a row whose logits are held at once in the cross-entropy."""
     seed: int = 0
     """Seed of the initialisation and of dropout."""

@@ -93,7 +93,8 @@ class MixtureOfMemories(nnx.Module):
         """
         routing, gate = self.router(x, mask), None
         if self.config.use_output_gate:
-            gate = einsum("btd,dhv->bthv", x, self.w_g[...], dtype=self.config.dtype)
+            # The barrier keeps XLA from making one product of this and the queries', whose halves it then copies.
+            gate = einsum("btd,dhv->bthv", lax.optimization_barrier(x), self.w_g[...], dtype=self.config.dtype)
         run = self._step_through if x.shape[1] < SEGMENT_ALIGNMENT else self._run_dispatched
         o, new_state = run(x, routing, gate, mask, documents, state)
         y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype)

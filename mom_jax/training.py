@@ -179,6 +179,8 @@ def make_train_step(model: ModelConfig, train: TrainConfig) -> Callable[[State, 
                 lambda sums, xs: (jax.tree.map(jnp.add, sums, gradients(*xs)), None), zeros, xs
             )  # fmt: skip
 
+        # Otherwise the gradients of unrolled layers are stacked again and again inside of the optimiser's kernels.
+        grads = jax.lax.optimization_barrier(grads)
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
         params = optax.apply_updates(params, updates)
         new = {

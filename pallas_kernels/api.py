@@ -88,10 +88,10 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
         _check(op, run_ids.shape == q.shape[:2], "the shape of run_ids", run_ids.shape, f"it must be {q.shape[:2]}")
     segments = _check_segments(op, segments, batch, num_slots)
     state_shape = (batch, segments.num_segments, heads, key_width, value_width)
-    if initial_state is None:
-        initial_state = jnp.zeros(state_shape, jnp.float32)
-    shape = initial_state.shape
-    _check(op, shape == state_shape, "the shape of initial_state", shape, f"it must be [B, S, H, K, V] = {state_shape}")
+    if initial_state is not None:
+        shape, allowed = initial_state.shape, f"it must be [B, S, H, K, V] = {state_shape}"
+        _check(op, shape == state_shape, "the shape of initial_state", shape, allowed)
+        initial_state = initial_state.astype(jnp.float32)
 
     run = _choose(op, implementation, {"k": k, "v": v, "log_decay": log_decay}, interpret)
     pad = -num_slots % SEGMENT_ALIGNMENT
@@ -100,7 +100,7 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
         *padded[:-1],
         segments=segments,
         run_ids=padded[-1],
-        initial_state=initial_state.astype(jnp.float32),
+        initial_state=initial_state,
         scale=key_width**-0.5 if scale is None else scale,
     )
     return o[:, :num_slots], final_state

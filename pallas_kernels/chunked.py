@@ -23,7 +23,7 @@ from jax import lax
 from pallas_kernels.cross_entropy import linear_cross_entropy  # noqa: F401
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
-from pallas_kernels.segments import Segments, where_real
+from pallas_kernels.segments import Segments, states_or_zeros, where_real
 
 CHUNK = 64  # divides SEGMENT_ALIGNMENT, so that a chunk lies in one segment
 BLOCK = 16  # side of the blocks in which a per-key decay is applied pairwise and an inverse is built by masks
@@ -215,6 +215,7 @@ def gated_delta_rule(q, k, v, log_decay, beta, *, segments, run_ids, initial_sta
     batch, num_slots = q.shape[:2]
     dtype = v.dtype
     real = segments.is_real(num_slots)
+    initial_state = states_or_zeros(initial_state, k, v, segments.num_segments)
 
     def by_chunk(x):
         """[B, N, H, width] -> float32 [B, chunks, H, C, width], zero in dead slots."""

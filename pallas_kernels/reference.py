@@ -15,7 +15,7 @@ from jax import lax
 from pallas_kernels.cross_entropy import linear_cross_entropy  # noqa: F401
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
-from pallas_kernels.segments import Segments, where_real
+from pallas_kernels.segments import Segments, states_or_zeros, where_real
 
 State = Any  # a rule's own pytree; for the rules here one array [..., H, K, V]
 
@@ -91,7 +91,8 @@ def scan_segments(
 def gated_delta_rule(q, k, v, log_decay, beta, *, segments, run_ids, initial_state, scale):
     """See :func:`pallas_kernels.api.gated_delta_rule`."""
     inputs = (q.astype(jnp.float32) * scale, k, v, log_decay, beta)
-    outputs, final = scan_segments(delta_step, inputs, segments, run_ids, initial_state)
+    states = states_or_zeros(initial_state, k, v, segments.num_segments)
+    outputs, final = scan_segments(delta_step, inputs, segments, run_ids, states)
     return outputs.astype(v.dtype), final
 
 

@@ -71,3 +71,9 @@ class Segments(NamedTuple):
 def where_real(real: Bool[Array, "B N"], x: jax.Array) -> jax.Array:
     """``x`` [B, N, ...] with zeros in dead slots, whatever they held (a product would keep NaN)."""
     return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def states_or_zeros(states: jax.Array | None, k: jax.Array, v: jax.Array, num_segments: int) -> jax.Array:
+    """``states`` float32 [B, S, H, K, V] as they are, or zeros for None."""
+    shape = (k.shape[0], num_segments, k.shape[2], k.shape[3], v.shape[3])
+    return jnp.zeros(shape, jnp.float32) if states is None else states

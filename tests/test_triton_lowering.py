@@ -37,6 +37,8 @@ CALLS = [
     ("linear_attention", "key", "float32", 16, 32),
 ]
 
+LONG = [(*CALLS[i], 1, 32768, 2) for i in (0, 2, 5, 8, 9)]  # few long segments: cut into spans
+
 
 def lower(function, *arguments):
     with use_abstract_mesh(MESH):
@@ -49,9 +51,9 @@ def kernels(lowered) -> collections.Counter:
     return collections.Counter(re.search(r'name = "(\w+)"', call)[1] for call in calls)
 
 
-def op_with_gradients(op, decay, dtype, key, value):
+def op_with_gradients(op, decay, dtype, key, value, batch=2, num_slots=256, count=3):
     """A function of the op and all its gradients over ragged segments with runs, and its arguments' shapes."""
-    batch, num_slots, heads, count = 2, 256, 2, 3
+    heads = 2
 
     def array(*shape, dtype="float32"):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -92,8 +94,16 @@ def test_recurrences_lower(call):
     assert kernels(lower(function, *arguments)) == dict.fromkeys(expected, 1)
 
 
+@pytest.mark.parametrize("call", LONG, ids=str)
+def test_long_segments_are_cut_into_spans(call):
+    function, arguments = op_with_gradients(*call)
+    found = kernels(lower(function, *arguments))
+    assert found["recurrence_local_states"] == found["recurrence_local_states_grad"] == 1
+    assert found["recurrence_scan"] == found["recurrence_scan_grad"] == 1
+
+
 @needs_plugin
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("call", CALLS + LONG, ids=str)
 def test_recurrences_compile_for_the_h200(call):
     """Shared memory that overflows and what the compiler refuses are found here."""
     compile_for_h200(*op_with_gradients(*call))

@@ -29,7 +29,7 @@ from pallas_kernels.triton.ptx import exp2, fma
 
 LEVELS = CHUNK.bit_length() - 1
 LOG2_E = 1.4426950408889634
-CONFIG = KernelConfig(tile=64, num_warps=4, num_stages=2)
+CONFIG = KernelConfig(tile=64, num_warps=4, num_stages=3)
 
 
 def _masks() -> dict[str, np.ndarray]:
