@@ -41,8 +41,12 @@ class BenchmarkTraining:
     """T, tokens in a row."""
     steps: int = 8
     """Timed steps."""
-    remat: str = "full"
+    remat: str = "dots"
     """What the backward pass recomputes in each layer: none, dots or full."""
+    unroll: bool = True
+    """Whether layers are compiled one by one: faster steps, about a minute of compilation."""
+    rows_at_once: int = 8
+    """Rows whose activations are held at once; larger batches are accumulated."""
     peak_tflops: float = 989.0
     """Dense bfloat16 peak of the device, TFLOP/s."""
     output: str = "runs/benchmark_training"
@@ -51,7 +55,11 @@ class BenchmarkTraining:
     def __post_init__(self):
         for name in self.presets:
             require(name in PRESETS, "presets", name, f"choose from {', '.join(PRESETS)}")
-        require(self.steps > 0, "steps", self.steps, "it must be positive")
+        for name in ("steps", "rows_at_once"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
+        for size in self.batch_sizes:
+            pieces = max(1, size // self.rows_at_once)
+            require(size % pieces == 0, "batch_sizes", size, f"it must be in {pieces} equal pieces of rows_at_once or fewer")
 
 
 def flops_per_token(config: ModelConfig) -> float:
@@ -72,7 +80,8 @@ def mixer_flops_per_token(config: ModelConfig) -> float:
 
 def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> dict:
     """Times, memory and losses of one setting."""
-    train = TrainConfig(steps=config.steps + 2, warmup_steps=0)
+    accumulation = max(1, batch_size // config.rows_at_once)
+    train = TrainConfig(steps=config.steps + 2, warmup_steps=0, accumulation=accumulation)
     mesh, rng = make_mesh(MeshConfig()), np.random.default_rng(0)
     shape = (batch_size, config.sequence_length)
     with use_mesh(mesh):
@@ -107,11 +116,12 @@ def _compiled_bytes(step) -> int:
 def main(config: BenchmarkTraining) -> dict:
     device = jax.devices()[0].device_kind
     rows = []
-    print(f"{device}, jax {jax.__version__}, {date.today()}, T = {config.sequence_length}, remat {config.remat}")
+    print(f"{device}, jax {jax.__version__}, {date.today()}, T = {config.sequence_length}")
+    print(f"remat {config.remat}, unroll {config.unroll}, {config.rows_at_once} rows at once")
     for preset in config.presets:
         for implementation in config.implementations:
             chosen = None if implementation == "default" else implementation
-            model = PRESETS[preset](implementation=chosen, remat=config.remat)
+            model = PRESETS[preset](implementation=chosen, remat=config.remat, unroll=config.unroll)
             require(not model.attention.layers, "presets", preset, "the FLOP formula is for MoM layers only")
             for batch_size in config.batch_sizes:
                 row = {"preset": preset, "implementation": implementation, "batch_size": batch_size}

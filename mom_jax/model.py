@@ -17,7 +17,7 @@ from mom_jax.layers import SwiGLU, einsum_float32, normal_param, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
 from mom_jax.sharding import constrain
-from pallas_kernels.api import PRODUCTS, rms_norm
+from pallas_kernels.api import WORTH_KEEPING, rms_norm
 
 MIXERS = {"mom": MixtureOfMemories, "attention": Attention}
 Params = dict[str, Any]  # a pure-dict tree of arrays
@@ -95,7 +95,7 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: 
 _policies = jax.checkpoint_policies
 _REMAT = {
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*PRODUCTS)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*WORTH_KEEPING)
     ),
     "full": _policies.nothing_saveable,
 }

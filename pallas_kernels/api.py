@@ -16,7 +16,7 @@ from pallas_kernels.reference import delta_step
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 
 __all__ = [
-    "PRODUCTS", "SEGMENT_ALIGNMENT", "Segments", "combine_gated_rms_norm", "convolution_history", "delta_step",
+    "SEGMENT_ALIGNMENT", "Segments", "WORTH_KEEPING", "combine_gated_rms_norm", "convolution_history", "delta_step",
     "gated_delta_rule", "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm", "linear_attention",
     "linear_cross_entropy", "rms_norm", "short_convolution", "short_convolution_step",
 ]  # fmt: skip
@@ -24,8 +24,8 @@ __all__ = [
 # In the order in which None tries them.
 IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "chunked": chunked, "reference": reference}
 PALLAS = ("triton",)
-# Names, for policies of jax.checkpoint, of results that cost matrix products to compute again and little memory to keep.
-PRODUCTS = ("grouped_matmul", triton.CHUNK_MATRICES)
+# Names, for policies of jax.checkpoint, of results that take little memory for what they cost to compute again.
+WORTH_KEEPING = ("grouped_matmul", "combine_gated_rms_norm", triton.CHUNK_MATRICES)
 PLANNED = ("mosaic_tpu",)
 
 
@@ -295,7 +295,8 @@ def combine_gated_rms_norm(
       y, of o's dtype, zero for tokens without a slot.
     """
     run = _choose("combine_gated_rms_norm", implementation, {"x": o}, interpret)
-    return run(o, weights, gate, scale, eps, slot_of=slot_of, token_of=token_of, choice_of=choice_of)
+    y = run(o, weights, gate, scale, eps, slot_of=slot_of, token_of=token_of, choice_of=choice_of)
+    return checkpoint_name(y, "combine_gated_rms_norm")
 
 
 def linear_cross_entropy(

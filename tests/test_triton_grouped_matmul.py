@@ -11,11 +11,17 @@ from numerics import LIMITS, assert_close
 from mom_jax.routing import Dispatch
 from pallas_kernels import api
 from pallas_kernels.segments import Segments
-from pallas_kernels.triton.grouped_matmul import GroupedMatmulConfig, SlotList, TileConfig, grouped_matmul
+from pallas_kernels.triton.grouped_matmul import (
+    GroupedMatmulConfig,
+    SlotList,
+    TileConfig,
+    _piece_length,
+    grouped_matmul,
+)
 
 TILE = TileConfig(tile=128, columns=64, depth=32)
-# Tiles of different sizes, so that list and tiles are aligned differently; pieces smaller than the segments.
-CONFIG = GroupedMatmulConfig(TILE, replace(TILE, tile=64), replace(TILE, depth=64), split=128)
+# Tiles of different sizes, so that list and tiles are aligned differently.
+CONFIG = GroupedMatmulConfig(TILE, replace(TILE, tile=64), replace(TILE, depth=64))
 
 # Lengths of each segment, a tuple a row; slots after the last segment; D; E.
 CASES = {
@@ -109,6 +115,16 @@ def test_slot_list(case, align, gap):
         np.testing.assert_array_equal(listed[slots.start[s] :][: mine.size], mine)
         part = listed[segment == s]
         assert part.size == -(-mine.size // align) * align and (part[mine.size :] == none).all()
+
+
+@pytest.mark.parametrize("counts", [(8100, 8300, 8150, 8218, 16384), (40_000, 1, 0, 700), (5,), (0, 0), (131_063, 3, 3, 3)])
+@pytest.mark.parametrize("most", [12, 16])
+def test_pieces_of_dw_are_few_and_even(counts, most):
+    count = np.array(counts)
+    length = np.asarray(_piece_length(jnp.asarray(count), most, 64))
+    assert (length % 64 == 0).all() and length.min() > 0
+    assert (-(-count // length)).sum() <= most
+    assert length.max() <= 2 * count.sum() / most + 64
 
 
 def test_arguments_that_do_not_fit(rng):

@@ -145,6 +145,6 @@ def test_model_uses_the_kernels(remat, implementation):
     }  # fmt: skip
     times = 1 if remat == "none" else 2  # the backward pass computes the forward pass again
     expected = {name: times * count for name, count in forward.items()} | backward
-    if remat == "dots":  # what grouped products gave is kept; so are the chunk matrices, whose dead kernels XLA drops
-        expected["grouped_matmul"] = forward["grouped_matmul"]
+    if remat == "dots":  # api.WORTH_KEEPING; of the chunk matrices XLA drops the kernels, which are dead
+        expected |= {name: forward[name] for name in ("grouped_matmul", "gated_rms_norm")}
     assert kernels(lower(gradient, *arguments)) == expected

@@ -5,7 +5,8 @@
 Rows are only ever read and written through lists of row numbers. The slots of all rows are listed segment by segment (see
 :class:`SlotList`), so a tile of list places has one matrix however ragged the rows are, no place is wasted but in a
 segment's last tile, and gathering x by token costs nothing: the list names tokens instead of slots. ``dw`` cuts every
-segment's list into pieces, so that the work is even for uneven segments; a second kernel adds up the pieces in order.
+segment's list into pieces of nearly one length, as many as fill the GPU a whole number of times; a second kernel adds up the
+pieces in order.
 """
 
 import math
@@ -21,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.segments import Segments
-from pallas_kernels.triton.launch import KernelConfig, dot, launch
+from pallas_kernels.triton.launch import MULTIPROCESSORS, KernelConfig, dot, launch
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class GroupedMatmulConfig:
     """The tiles of the three products.
 
     Attributes:
-      split: slots that one piece of dw adds up at most; a multiple of dw's depth. Fewer are more and evener programs, and
-        more traffic for their sums, of which each is float32 [D, E].
+      waves: how often dw's programs fill the GPU. More are shorter and evener, and cause more traffic for the sums of their
+        pieces, of which each is float32 [D, E].
     """
 
     forward: TileConfig
     dx: TileConfig
     dw: TileConfig
-    split: int = 8192
+    waves: int = 3
 
 
 # 128 x 256 float32 accumulators are 128 registers a thread of 8 warps; 4 stages of bf16 tiles are 192 of 227 KiB.
@@ -176,16 +177,31 @@ def _add_pieces_kernel(sums_ref, first_ref, dw_ref, *, tile: int):
     dw_ref[segment, elements] = acc.astype(dw_ref.dtype)
 
 
-def _dw(x, dy, slots: SlotList, source, config: TileConfig, split: int, interpret: bool):
+def _piece_length(count, most: int, unit: int):
+    """A multiple of ``unit`` for each segment: the shortest for which there are at most ``most`` pieces in all.
+
+    Tried are lengths up to twice that of ``most`` equal pieces, which is enough if ``most`` is twice the segments or more.
+    """
+    tried = jnp.maximum(jnp.sum(count), 1) * (1 + jnp.arange(33) / 32) / most
+    needed = jnp.sum(jnp.ceil(count / tried[:, None]), axis=1)
+    pieces = jnp.ceil(count / tried[jnp.argmax(needed <= most)]).astype(jnp.int32)
+    length = -(-count // jnp.maximum(pieces, 1))
+    return jnp.maximum(-(-length // unit), 1) * unit
+
+
+def _dw(x, dy, slots: SlotList, source, config: TileConfig, waves: int, interpret: bool):
     """dw [S, D, E] from x [rows, D] and dy [B N, E]."""
     num_segments, depth, width = slots.count.size, x.shape[1], dy.shape[1]
     config = replace(config, tile=math.gcd(config.tile, depth), columns=math.gcd(config.columns, width))
-    first = jnp.pad(jnp.cumsum(-(-slots.count // split), dtype=jnp.int32), (1, 0))
-    num_pieces = dy.shape[0] // split + num_segments
+    tiles = (depth // config.tile) * (width // config.columns)
+    num_pieces = min(waves * MULTIPROCESSORS // tiles, dy.shape[0] // config.depth + num_segments)
+    num_pieces = max(num_pieces, 2 * num_segments)
+    length = _piece_length(slots.count, num_pieces, config.depth)
+    first = jnp.pad(jnp.cumsum(-(-slots.count // length), dtype=jnp.int32), (1, 0))
     piece = jnp.arange(num_pieces, dtype=jnp.int32)
     segment = jnp.searchsorted(first[1:], piece, side="right", method="compare_all")
-    begin = slots.start[segment] + split * (piece - first[segment])
-    end = jnp.minimum(begin + split, (slots.start + slots.count)[segment])
+    begin = slots.start[segment] + length[segment] * (piece - first[segment])
+    end = jnp.minimum(begin + length[segment], (slots.start + slots.count)[segment])
     end = jnp.where(segment < num_segments, end, begin)  # past the last piece there is nothing to do
     sums = launch(
         partial(_dw_kernel, config=config), x, dy, source, slots.slot, begin, end,
@@ -226,7 +242,7 @@ def _backward(num_slots, config, interpret, operands, dy):
     if slot_of is not None:
         choices = jax.vmap(lambda dx, slot: dx.at[slot].get(mode="fill", fill_value=0))(dx, slot_of)
         dx = jnp.sum(choices.astype(jnp.float32), axis=2).astype(x.dtype)
-    dw = _dw(x.reshape(-1, x.shape[2]), dy, slots, source, config.dw, config.split, interpret)
+    dw = _dw(x.reshape(-1, x.shape[2]), dy, slots, source, config.dw, config.waves, interpret)
     return dx, dw, None, None, None
 
 

@@ -14,6 +14,9 @@ from jax.experimental.pallas import triton as plgpu
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 
+MULTIPROCESSORS = 132  # of an H100 and an H200: how much work is cut into how many programs is reckoned with it
+
+
 @dataclass(frozen=True)
 class KernelConfig:
     """How a kernel is cut up; the same results for every choice, up to the order of sums.

@@ -21,11 +21,12 @@ from jax import lax
 from pallas_kernels.segments import Segments, states_or_zeros
 from pallas_kernels.triton import scan
 from pallas_kernels.triton.chunks import CHUNK, Decays, Layout, tile_of
+from pallas_kernels.triton.launch import MULTIPROCESSORS
 
-# An H200, and microseconds on it with K = V = 256 in bfloat16, means of scan and scan_grad: a chunk of a V tile in a program
+# Microseconds on an H200 with K = V = 256 in bfloat16, means of scan and scan_grad: a chunk of a V tile in a program
 # alone, and where every multiprocessor has one. Parts of them that following the state alone takes, and a step of the join:
 # estimates.
-MULTIPROCESSORS, ALONE, BUSY = 132, 3.3, 5.9
+ALONE, BUSY = 3.3, 5.9
 LOCAL, LOCAL_GRAD, JOIN_STEP = 0.6, 0.9, 12.0
 SHORTEST, WORTH_IT = 16, 0.9  # chunks of a span; part of the time
 
