@@ -27,7 +27,7 @@ def default_config(dtype, key_width: int) -> KernelConfig:
     """The fastest of those tried on an H200 in bfloat16; in float32 what fits into its shared memory."""
     if dtype == jnp.float32 and key_width >= 128:
         return KernelConfig(tile=32, num_warps=4, num_stages=1)
-    return KernelConfig(tile=64, num_warps=4, num_stages=2)
+    return KernelConfig(tile=64, num_warps=4, num_stages=3 if dtype == jnp.bfloat16 and key_width <= 128 else 2)
 
 
 def _decayed(state, inputs, chunk):
