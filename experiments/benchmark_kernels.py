@@ -85,6 +85,9 @@ WORKS: dict[str, Recurrence | Grouped] = {
 }
 
 
+COLUMNS = ("work", "implementation", "what", "ms", "TFLOP/s", "floor, ms", "% of floor", "error")
+
+
 @dataclass(frozen=True)
 class BenchmarkKernels(Timing):
     """What to time."""
@@ -215,12 +218,11 @@ def main(config: BenchmarkKernels) -> dict:
                 }  # fmt: skip
                 rows.append(row)
                 print(format_row(row), flush=True)
-    figures["rows"] = rows
-    columns = ("work", "implementation", "what", "ms", "TFLOP/s", "floor, ms", "% of floor", "error")
-    write_report(config.output, "kernels", figures, columns, [format_row(row) for row in rows])
+            # After each, so that a run that is cut off leaves what it has measured.
+            write_report(config.output, "kernels", figures | {"rows": rows}, COLUMNS, [format_row(row) for row in rows])
     if wrong:
         raise ValueError("wrong results, not timed: " + "; ".join(wrong))
-    return figures
+    return figures | {"rows": rows}
 
 
 def format_row(row: dict) -> str:

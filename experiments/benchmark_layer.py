@@ -226,11 +226,11 @@ def main(config: BenchmarkLayer) -> dict:
             base = [r["ms"] for r in rows if (r["work"], r["implementation"]) == (WORKS[name].compared_with, implementation)]
             row["ratio"] = row["ms"] / base[0] if base and row["ms"] else None
             print(format_row(row), flush=True)
-    figures["rows"] = rows
-    write_report(config.output, "layer", figures, COLUMNS, [format_row(row) for row in rows])
+            # After each, so that a run that is cut off leaves what it has measured.
+            write_report(config.output, "layer", figures | {"rows": rows}, COLUMNS, [format_row(row) for row in rows])
     if failed:
         raise ValueError("; ".join(failed))
-    return figures
+    return figures | {"rows": rows}
 
 
 def format_row(row: dict) -> str:

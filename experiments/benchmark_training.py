@@ -16,6 +16,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -115,28 +116,25 @@ def _compiled_bytes(step) -> int:
 
 def main(config: BenchmarkTraining) -> dict:
     device = jax.devices()[0].device_kind
-    rows = []
+    figures = {"device": device, "jax": jax.__version__, "date": str(date.today()), "settings": dataclasses.asdict(config)}
     print(f"{device}, jax {jax.__version__}, {date.today()}, T = {config.sequence_length}")
     print(f"remat {config.remat}, unroll {config.unroll}, {config.rows_at_once} rows at once")
-    for preset in config.presets:
-        for implementation in config.implementations:
-            chosen = None if implementation == "default" else implementation
-            model = PRESETS[preset](implementation=chosen, remat=config.remat, unroll=config.unroll)
-            require(not model.attention.layers, "presets", preset, "the FLOP formula is for MoM layers only")
-            for batch_size in config.batch_sizes:
-                row = {"preset": preset, "implementation": implementation, "batch_size": batch_size}
-                try:
-                    row |= measure(config, model, batch_size)
-                except jax.errors.JaxRuntimeError as error:  # out of memory: the other settings still count
-                    row |= {"error": str(error).splitlines()[0]}
-                rows.append(row)
-                print(format_row(row), flush=True)
-    output = Path(config.output)
+    output, rows = Path(config.output), []
     output.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(config)
-    figures = {"device": device, "jax": jax.__version__, "date": str(date.today()), "settings": settings, "rows": rows}
-    (output / "training.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return figures
+    for preset, implementation, batch_size in product(config.presets, config.implementations, config.batch_sizes):
+        chosen = None if implementation == "default" else implementation
+        model = PRESETS[preset](implementation=chosen, remat=config.remat, unroll=config.unroll)
+        require(not model.attention.layers, "presets", preset, "the FLOP formula is for MoM layers only")
+        row = {"preset": preset, "implementation": implementation, "batch_size": batch_size}
+        try:
+            row |= measure(config, model, batch_size)
+        except jax.errors.JaxRuntimeError as error:  # out of memory: the other settings still count
+            row |= {"error": str(error).splitlines()[0]}
+        rows.append(row)
+        print(format_row(row), flush=True)
+        # After each, so that a run that is cut off leaves what it has measured.
+        (output / "training.json").write_text(json.dumps(figures | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return figures | {"rows": rows}
 
 
 def format_row(row: dict) -> str:
