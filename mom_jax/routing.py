@@ -150,10 +150,6 @@ class Dispatch(NamedTuple):
         flat = x.reshape((batch, num_tokens * choices) + x.shape[3:])
         return gather_sum(flat, self.choice_of[..., None], self.slot_of.reshape(batch, -1, 1))
 
-    def to_tokens(self, y: Float[Array, "B N *C"]) -> Float[Array, "B T *C"]:
-        """The sum over each token's slots; zero for padded tokens."""
-        return gather_sum(y, self.slot_of, self.token_of[..., None])
-
     def integers_to_slots(self, x: Int[Array, "B T"]) -> Int[Array, "B N"]:
         """Integers of the tokens in their slots, 0 in dead slots."""
         return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, self.token_of)

@@ -10,6 +10,7 @@ from flax import nnx
 from mom_jax.config import AttentionConfig, ModelConfig
 from mom_jax.model import MIXERS, bind, model_structure, split_params
 from mom_jax.sharding import leaf_name
+from pallas_kernels.api import gather_sum
 
 BASE = ModelConfig(
     vocab_size=61, hidden_size=32, num_layers=2, num_heads=2, head_dim=16, expand_v=2.0, num_memories=4, top_k=2,
@@ -84,3 +85,8 @@ def run_pieces(call, sizes, state, *inputs):
         y, state = call(*(x[:, end - size : end] for x in inputs), state)
         outputs.append(np.asarray(y))
     return np.concatenate(outputs, axis=1), state
+
+
+def to_tokens(dispatch, y):
+    """The sum over each token's slots [B, T, ...] of y [B, N, ...]; zero for padded tokens."""
+    return gather_sum(y, dispatch.slot_of, dispatch.token_of[..., None])

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jaxprs import equations
-from models import small
+from models import small, to_tokens
 
 from mom_jax.routing import Dispatch, Router, balance_loss, slot_bound
 from pallas_kernels.api import SEGMENT_ALIGNMENT
@@ -109,7 +109,7 @@ def test_slot_bound_suffices_for_any_loads(num_tokens, num_memories, top_k, has_
 def there_and_back(dispatch, x, weights):
     """Dispatch, weigh every slot, combine."""
     slots = dispatch.to_slots(x) * dispatch.choices_to_slots(weights)[..., None]
-    return dispatch.to_tokens(slots)
+    return to_tokens(dispatch, slots)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -151,7 +151,7 @@ def test_combine_of_bfloat16_adds_in_float32():
     memories = jnp.tile(jnp.arange(3, dtype=jnp.int32), (1, 64, 1))
     dispatch = dispatch_of(memories, None, 3, False)
     values = np.where(np.arange(dispatch.token_of.shape[1]) < 64, 256.0, 1.0)  # 256 + 1 + 1: each 1 alone is lost in bf16
-    y = dispatch.to_tokens(jnp.asarray(values, jnp.bfloat16)[None, :, None])
+    y = to_tokens(dispatch, jnp.asarray(values, jnp.bfloat16)[None, :, None])
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.full((1, 64, 1), 258.0))
 
 

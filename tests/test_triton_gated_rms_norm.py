@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import to_tokens
 from numerics import LIMITS, assert_close
 
 from mom_jax.routing import Dispatch
@@ -62,7 +63,7 @@ def test_combine(interpret, rng, heads, width, has_gate, has_shared, dtype):
 
     def combined(a):
         o = a["o"].astype(jnp.float32) * dispatch.choices_to_slots(a["weights"])[..., None, None]
-        return plain(a | {"o": dispatch.to_tokens(o)}).astype(dtype)
+        return plain(a | {"o": to_tokens(dispatch, o)}).astype(dtype)
 
     cotangent = normal(rng, batch, num_tokens, heads, width, dtype=dtype)
     actual = values_and_gradients(kernels, arguments | {"o": jnp.where(real, arguments["o"], jnp.nan)}, cotangent)
