@@ -5,6 +5,7 @@ import jax
 from pallas_kernels.triton.cross_entropy import linear_cross_entropy
 from pallas_kernels.triton.gated_rms_norm import combine_gated_rms_norm
 from pallas_kernels.triton.grouped_matmul import grouped_matmul
+from pallas_kernels.triton.launch import current_device
 from pallas_kernels.triton.recurrence import CHUNK_MATRICES, gated_delta_rule, linear_attention
 from pallas_kernels.triton.short_convolution import short_convolution
 
@@ -13,8 +14,8 @@ __all__ = [
     "linear_cross_entropy", "short_convolution", "unsupported_reason",
 ]  # fmt: skip
 
-# Compute capabilities whose shared memory holds the tiles in bfloat16: H100, H200 (run on an H200), A100 (compiled for its
-# size); not 8.6, 8.9 and 12.0, which have 100 KiB.
+# Compute capabilities whose shared memory holds the tiles: H100, H200 (run on an H200), A100 (compiled for it); not 8.6, 8.9
+# and 12.0, which have 100 KiB.
 CAPABILITIES = ("8.0", "9.0", "10.0", "10.3")
 
 
@@ -24,17 +25,12 @@ def unsupported_reason(op: str, arrays: dict, *, interpret: bool) -> str | None:
 
 
 def _device_reason(arrays: dict) -> str | None:
+    platform, _, capability = current_device()
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.abstract_device is None:
-        device = jax.config.jax_default_device
-        device = device if isinstance(device, jax.Device) else jax.devices(device)[0]
-        capability = getattr(device, "compute_capability", None)
-        if device.platform != "gpu":
-            return f"it needs an NVIDIA GPU or interpret=True, and the platform is {device.platform}"
-        if capability not in CAPABILITIES:
-            return f"it needs an NVIDIA GPU of compute capability {', '.join(CAPABILITIES)}; this is {capability}"
-    elif mesh.abstract_device.platform != "gpu":
-        return f"it needs an NVIDIA GPU or interpret=True, and the platform is {mesh.abstract_device.platform}"
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU or interpret=True, and the platform is {platform}"
+    if capability not in (*CAPABILITIES, None):
+        return f"it needs an NVIDIA GPU of compute capability {', '.join(CAPABILITIES)}; this is {capability}"
     if mesh.size > 1 and not mesh.are_all_axes_manual:
         return "over several devices it is not yet wrapped in shard_map, without which every device would do all the work"
     if any(getattr(jax.typeof(x), "vma", None) for x in arrays.values() if isinstance(x, jax.Array)):
