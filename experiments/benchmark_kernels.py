@@ -136,8 +136,9 @@ def with_gradients(work: Recurrence, implementation: str, arrays, segments, cota
 
 
 def check_recurrence(work: Recurrence, implementation: str) -> float:
-    """The error of outputs, states and gradients on a few hundred tokens."""
-    few = Recurrence(work.op, 2, 256, min(work.heads, 2), work.key, work.value, 2, work.decay)
+    """The error of outputs, states and gradients on a few hundred tokens; of a single row on what is cut into spans."""
+    batch, tokens, segments = (2, 256, 2) if work.batch > 1 else (1, min(work.tokens, 4096), work.segments)
+    few = Recurrence(work.op, batch, tokens, min(work.heads, 2), work.key, work.value, segments, work.decay)
     inputs = recurrence_inputs(few)
     actual = jax.jit(partial(with_gradients, few, implementation))(*inputs)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
@@ -175,7 +176,7 @@ def grouped(work: Grouped, implementation: str, x, w, segments, dy):
 
 
 def check_grouped(work: Grouped, implementation: str) -> float:
-    few = Grouped(work.product, 1024, 256, 256)
+    few = Grouped(work.product, min(work.slots, 32_768), 256, 256)  # pieces of dw of several steps
     inputs = grouped_inputs(few)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
     actual = jax.jit(partial(grouped, few, implementation))(*inputs)

@@ -12,10 +12,10 @@ TFLOP/s, % of the measured matmul rate, GiB (the compiled temporaries) and ratio
 A token meets k and v of R memories and the shared one, all gates, the router, W_q, W_g and W_o. The ratio is to M4, of the
 works M4_T... (65,536 tokens in rows of T) to the one with T = 2048; the load is the part of the tokens in each memory.
 
-Before it is timed, a work's layer on 2 rows of 512 tokens is compared with the float32 reference: output and every gradient.
-One that is wrong (relative L2 error over the tests' limit, or other memories chosen) ends the run with status 1. Gradients
-are compared for four cotangents together: those of A_log and dt_bias are sums over all tokens, which one cotangent in ten
-makes so small that bfloat16 rounding alone exceeds the limit.
+Before it is timed, a work's layer on 2 rows of 512 tokens (so few that nothing is cut into spans) is compared with the
+float32 reference: output and every gradient. One that is wrong (relative L2 error over the tests' limit, or other memories
+chosen) ends the run with status 1. Gradients are compared for four cotangents together: those of A_log and dt_bias are sums
+over all tokens, which one cotangent in ten makes so small that bfloat16 rounding alone exceeds the limit.
 
 Where flash-linear-attention is installed, its MomAttention is timed too, on the same x and router, unchecked and with
 bfloat16 parameters; GiB is then its peak over x and parameters. On Hopper with Triton 3.4 to 3.7.0 and without tilelang its

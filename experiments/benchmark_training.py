@@ -59,8 +59,12 @@ class BenchmarkTraining:
         for name in ("steps", "rows_at_once"):
             require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
         for size in self.batch_sizes:
-            pieces = max(1, size // self.rows_at_once)
-            require(size % pieces == 0, "batch_sizes", size, f"it must be in {pieces} equal pieces of rows_at_once or fewer")
+            pieces = self.pieces(size)
+            require(size % pieces == 0, "batch_sizes", size, f"{pieces} pieces of at most rows_at_once must be equal")
+
+    def pieces(self, batch_size: int) -> int:
+        """How many pieces a batch is worked through in."""
+        return -(-batch_size // self.rows_at_once)
 
 
 def flops_per_token(config: ModelConfig) -> float:
@@ -81,8 +85,7 @@ def mixer_flops_per_token(config: ModelConfig) -> float:
 
 def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> dict:
     """Times, memory and losses of one setting."""
-    accumulation = max(1, batch_size // config.rows_at_once)
-    train = TrainConfig(steps=config.steps + 2, warmup_steps=0, accumulation=accumulation)
+    train = TrainConfig(steps=config.steps + 2, warmup_steps=0, accumulation=config.pieces(batch_size))
     mesh, rng = make_mesh(MeshConfig()), np.random.default_rng(0)
     shape = (batch_size, config.sequence_length)
     with use_mesh(mesh):

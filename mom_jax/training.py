@@ -70,7 +70,7 @@ def loss_and_metrics(
 
 
 def cast_weights(params: Params, dtype) -> Params:
-    """The weights of the layers' matmuls in the compute type: once a step, not once in every layer and pass."""
+    """The weights of the layers' matmuls in the compute type: once a piece, not once in every layer and pass."""
 
     def cast(path, x):
         return x.astype(dtype) if leaf_name(path).startswith(("w_", "shared_", "attention_")) else x

@@ -97,6 +97,23 @@ def test_two_halves_equal_the_whole(implementation):
     assert_close((jnp.concatenate(pieces, axis=1), state), (whole, final), LIMITS["float32"])
 
 
+@pytest.mark.parametrize("names", [(), api.WORTH_KEEPING], ids=["full", "dots"])
+def test_rematerialised_gradients_are_the_same(interpret, names):
+    """The chunk matrices are made outside of what is differentiated, and the first forward pass saves no states."""
+    inputs = make_inputs(Case("whole", 130))
+    arrays = [inputs[name] for name in ("q", "k", "v", "log_decay", "beta")]
+
+    def loss(*arrays):
+        o, state = api.gated_delta_rule(*arrays, implementation="triton", interpret=interpret)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state))
+
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    expected, actual = (
+        jax.jit(jax.grad(f, argnums=range(5)))(*arrays) for f in (loss, jax.checkpoint(loss, policy=policy))
+    )
+    assert_close(actual, expected, LIMITS["float32"])
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dead_slots_are_masked_whatever_they_hold(implementation):
     """Rubbish, NaN included, in dead slots changes nothing: outputs there are zero and nothing flows back into them."""

@@ -37,6 +37,7 @@ from mom_jax.reports import read_metrics
 from mom_jax.sharding import leaf_name, make_mesh, use_mesh
 from mom_jax.training import (
     abstract_state,
+    cast_weights,
     cross_entropy,
     evaluate,
     learning_rate_schedule,
@@ -294,6 +295,24 @@ def test_bfloat16_compute_leaves_parameters_float32():
     products = [e for e in equations(step, state, BATCHES[0]) if e.primitive.name == "dot_general"]
     weights = [x.aval for e in products for x in e.invars if x.aval.shape in {(32, 61), (32, 48), (48, 32)}]
     assert weights and {x.dtype for x in weights} == {jnp.dtype("bfloat16")}
+
+
+def test_weights_of_matmuls_are_cast_once_and_change_nothing():
+    model = dataclasses.replace(SHORT, dtype="bfloat16")
+    batch = jax.tree.map(jnp.asarray, make_batch(0, rows=2, length=16))
+    params, _ = draw_params(model)
+
+    def loss(params):
+        return loss_and_metrics(bind(model, params, {}), batch, 16)[0]
+
+    def cast_loss(params):
+        return loss(cast_weights(params, "bfloat16"))
+
+    jax.tree.map(np.testing.assert_array_equal, *(jax.jit(jax.value_and_grad(f))(params) for f in (loss, cast_loss)))
+    cast = jax.tree_util.tree_leaves_with_path(cast_weights(params, "bfloat16"))
+    others = ("embedding", "head", "router", "a_log", "dt_bias", "conv_q", "conv_k", "conv_v")
+    norms = ("out_norm", "mixer_norm", "mlp_norm", "final_norm")
+    assert {leaf_name(path) for path, x in cast if x.dtype == jnp.float32} == {*others, *norms} & names_in(params)
 
 
 def test_remat_settings_recompute_nothing_or_all_but_products_or_everything():

@@ -20,8 +20,8 @@ from pallas_kernels.triton.grouped_matmul import (
 )
 
 TILE = TileConfig(tile=128, columns=64, depth=32)
-# Tiles of different sizes, so that list and tiles are aligned differently.
-CONFIG = GroupedMatmulConfig(TILE, replace(TILE, tile=64), replace(TILE, depth=64))
+# Tiles of different sizes, so that list and tiles are aligned differently; few pieces of dw, of several steps.
+CONFIG = GroupedMatmulConfig(TILE, replace(TILE, tile=64), replace(TILE, depth=64), waves=0)
 
 # Lengths of each segment, a tuple a row; slots after the last segment; D; E.
 CASES = {

@@ -73,9 +73,10 @@ def test_spans_are_enough_for_every_segmentation(rng, num_spans):
     assert int(spans.last[:, -1].max()) < spans.segment.shape[1] == num_spans + 3
     np.testing.assert_array_equal(jnp.sum(spans.layout.lengths, axis=1), jnp.sum(lengths, axis=1))
     assert (spans.layout.offsets[:, 1:] - spans.layout.offsets[:, :-1] >= spans.layout.lengths).all()
-    assert (spans.layout.lengths > 0)[spans.is_first | spans.is_last].sum() == (
-        (spans.layout.lengths > 0).sum() - spans.is_middle.sum()
-    )
+    for row, first, last, length in zip(spans.layout.lengths, spans.first, spans.last, lengths, strict=True):
+        for begin, end, tokens in zip(first, last, length, strict=True):
+            pieces = np.asarray(row[begin : end + 1])
+            assert pieces.sum() == tokens and (pieces[:-1] % 64 == 0).all() and (tokens == 0 or pieces.min() > 0)
 
 
 @pytest.mark.parametrize(

@@ -183,8 +183,8 @@ def _piece_length(count, most: int, unit: int):
     Tried are lengths up to twice that of ``most`` equal pieces, which is enough if ``most`` is twice the segments or more.
     """
     tried = jnp.maximum(jnp.sum(count), 1) * (1 + jnp.arange(33) / 32) / most
-    needed = jnp.sum(jnp.ceil(count / tried[:, None]), axis=1)
-    pieces = jnp.ceil(count / tried[jnp.argmax(needed <= most)]).astype(jnp.int32)
+    pieces = jnp.ceil(count / tried[:, None]).astype(jnp.int32)
+    pieces = pieces[jnp.argmax(jnp.sum(pieces, axis=1) <= most)]
     length = -(-count // jnp.maximum(pieces, 1))
     return jnp.maximum(-(-length // unit), 1) * unit
 

@@ -34,12 +34,16 @@ class KernelConfig:
 
 
 def current_device() -> tuple[str, str, str | None]:
-    """Platform, kind and compute capability (None if not known) of the device that is computed or compiled for."""
+    """Platform, kind and compute capability of the device that is computed or compiled for.
+
+    The capability is None for what is no NVIDIA GPU, or is compiled for without being here.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform, device.device_kind, None
-    device = jax.config.jax_default_device
-    device = device if isinstance(device, jax.Device) else jax.devices(device)[0]
+    if device is not None:  # a mesh knows the kind only; its capability is that of the devices of this kind here
+        device = next((here for here in jax.devices() if here.device_kind == device.device_kind), device)
+    else:
+        device = jax.config.jax_default_device
+        device = device if isinstance(device, jax.Device) else jax.devices(device)[0]
     return device.platform, device.device_kind, getattr(device, "compute_capability", None)
 
 
@@ -49,7 +53,8 @@ def launch(
     """Runs ``kernel`` over ``grid``; ``name`` is what compiled programs and profiles call it."""
     _check_blocks(name, grid, in_specs, operands)
     _check_blocks(name, grid, out_specs, out_shape)
-    num_stages = max(1, config.num_stages - ("A100" in current_device()[1]))
+    _, kind, capability = current_device()
+    num_stages = max(1, config.num_stages - (capability == "8.0" or "A100" in kind))
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -63,7 +68,10 @@ def launch(
 
 
 def _check_blocks(name, grid, specs, arrays):
-    """A block outside its array is read and written there on a GPU, unseen; the interpreter moves it inside."""
+    """A block outside its array is read and written there on a GPU, unseen; the interpreter moves it inside.
+
+    Seen at the grid's last program: index maps that grow with the grid are.
+    """
     is_spec = lambda x: isinstance(x, pl.BlockSpec)  # noqa: E731
     for spec, array in zip(jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(arrays), strict=True):
         if spec.index_map is not None:

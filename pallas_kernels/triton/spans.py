@@ -28,7 +28,7 @@ from pallas_kernels.triton.launch import MULTIPROCESSORS
 # estimates.
 ALONE, BUSY = 3.3, 5.9
 LOCAL, LOCAL_GRAD, JOIN_STEP = 0.6, 0.9, 12.0
-SHORTEST, WORTH_IT = 16, 0.9  # chunks of a span; part of the time
+SHORTEST, MOST, WORTH_IT = 16, 16, 0.9  # chunks of a span; spans, each of which is a step of the join; part of the time
 
 
 def _tiles(k, v) -> int:
@@ -49,7 +49,7 @@ def default_spans(k, v, segments: Segments, *, is_delta: bool) -> int:
     """
     batch, num_chunks, count = k.shape[0], k.shape[1] // CHUNK, segments.num_segments
     programs = batch * _tiles(k, v)
-    num_spans = min(MULTIPROCESSORS // programs, num_chunks // SHORTEST)
+    num_spans = min(MULTIPROCESSORS // programs, num_chunks // SHORTEST, MOST)
     lengths = [2 * num_chunks / (count + 1)] + (count - 1) * [num_chunks / (count + 1)]
     long = sum(x for x in lengths if x > _longest_uncut(k, v))
     if num_spans < 2 or not long:
