@@ -126,7 +126,7 @@ class ModelConfig:
     implementation: Literal["triton", "chunked", "reference"] | None = None
     """Implementation of the ops over 64 tokens and more; None: the fastest that is proven for the call and the device."""
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, all but matmuls' and the mixer's results and chunk matrices, or everything."""
+    """What the backward pass recomputes: nothing, all but matmuls, chunk matrices and the mixer's output, or everything."""
     unroll: bool = False
     """Whether layers are compiled one by one, not as the body of a loop: faster steps, several times the compilation."""
     bos_token_id: int | None = 1
