@@ -31,10 +31,18 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_training import mixer_flops_per_token
 from cli import run
 from flax import nnx
-from timing import LIMIT, Timing, device_figures, milliseconds, relative_error, title, write_report
+from timing import (
+    LIMIT,
+    Timing,
+    device_figures,
+    milliseconds,
+    mixer_flops_per_token,
+    relative_error,
+    title,
+    write_report,
+)
 
 from mom_jax.config import PRESETS, ModelConfig, require
 from mom_jax.memory import MixtureOfMemories

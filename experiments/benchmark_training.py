@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from cli import run
+from timing import mixer_flops_per_token
 
 from mom_jax.config import PRESETS, MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.sharding import make_mesh, use_mesh
@@ -73,16 +74,6 @@ def flops_per_token(config: ModelConfig) -> float:
     return 3 * (config.num_layers * layer + 2 * config.hidden_size * config.vocab_size)
 
 
-def mixer_flops_per_token(config: ModelConfig) -> float:
-    """Useful floating-point operations of the forward pass of one MoM mixer for a token; with gradients three times."""
-    d, h, k, v = config.hidden_size, config.num_heads, config.head_dim, config.value_head_dim
-    used, all_memories = config.top_k + config.shared_memory, config.num_memories + config.shared_memory
-    key_value = d * h * (k + v) * (1 if config.single_kv_proj else used)
-    gates = 2 * d * h * (1 if config.single_kv_proj else all_memories)
-    matmuls = d * h * k + key_value + gates + d * config.num_memories + d * h * v * (1 + config.use_output_gate)
-    return 2 * matmuls + used * h * (6 * k * v + 4 * 64 * (k + v))
-
-
 def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> dict:
     """Times, memory and losses of one setting."""
     train = TrainConfig(steps=config.steps + 2, warmup_steps=0, accumulation=config.pieces(batch_size))
@@ -119,7 +110,8 @@ def _compiled_bytes(step) -> int:
 
 def main(config: BenchmarkTraining) -> dict:
     device = jax.devices()[0].device_kind
-    figures = {"device": device, "jax": jax.__version__, "date": str(date.today()), "settings": dataclasses.asdict(config)}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+    figures = {"device": device, "jax": jax.__version__, "date": str(date.today()), "settings": settings}
     print(f"{device}, jax {jax.__version__}, {date.today()}, T = {config.sequence_length}")
     print(f"remat {config.remat}, unroll {config.unroll}, {config.rows_at_once} rows at once")
     output, rows = Path(config.output), []

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times, the device's own rates, the error that is checked first, and the report."""
+"""What the benchmarks share: times, the device's own rates, a layer's FLOP, the error that is checked first, the report."""
 
 import json
 import statistics
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mom_jax.config import require
+from mom_jax.config import ModelConfig, require
 
 LIMIT = 2e-2  # relative L2 error in bfloat16 against the float32 reference
 
@@ -68,6 +68,16 @@ def relative_error(actual, expected) -> float:
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         errors.append(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-6))
     return float(np.max(errors))
+
+
+def mixer_flops_per_token(config: ModelConfig) -> float:
+    """Useful floating-point operations of the forward pass of one MoM mixer for a token; with gradients three times."""
+    d, h, k, v = config.hidden_size, config.num_heads, config.head_dim, config.value_head_dim
+    used, all_memories = config.top_k + config.shared_memory, config.num_memories + config.shared_memory
+    key_value = d * h * (k + v) * (1 if config.single_kv_proj else used)
+    gates = 2 * d * h * (1 if config.single_kv_proj else all_memories)
+    matmuls = d * h * k + key_value + gates + d * config.num_memories + d * h * v * (1 + config.use_output_gate)
+    return 2 * matmuls + used * h * (6 * k * v + 4 * 64 * (k + v))
 
 
 def write_report(directory: str, name: str, figures: dict, columns: tuple[str, ...], lines: list[str]) -> None:

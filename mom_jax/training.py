@@ -174,7 +174,8 @@ def make_train_step(model: ModelConfig, train: TrainConfig) -> Callable[[State, 
         else:
             batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), batch)
             xs = batches, jnp.arange(pieces)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], xs)))
+            sums = jax.eval_shape(lambda xs: gradients(*jax.tree.map(lambda x: x[0], xs)), xs)
+            zeros = jax.tree.map(jnp.zeros_like, sums)
             (grads, metrics), _ = jax.lax.scan(
                 lambda sums, xs: (jax.tree.map(jnp.add, sums, gradients(*xs)), None), zeros, xs
             )  # fmt: skip

@@ -45,17 +45,27 @@ class Inputs(NamedTuple):
     layout: Layout
 
 
-def _no_gradients(inputs: Inputs) -> Inputs:
-    return jax.tree.map(lambda _: None, inputs)
+NO_DECAY = Decays(None, None, None)
+
+
+def _is_per_key(inputs: Inputs) -> bool:
+    return inputs.decay is not None and inputs.decay.ndim == 4
+
+
+def _operands(options: Options, inputs: Inputs) -> tuple:
+    """What the scan reads: q, k, v, decays, beta, key decay, scores, inverse."""
+    q, k, v, decay, beta, _, scores, inverse, layout = inputs
+    if not _is_per_key(inputs):
+        return q, k, v, Decays.of(decay, layout.run, q.shape[2]), beta, None, scores, inverse
+    scores, q, k, key_decay = per_key.prepare(q, k, decay, layout, scale=options.scale, interpret=options.interpret)
+    return q, k, v, NO_DECAY, None, key_decay, scores, None
 
 
 def _scan(options: Options, inputs: Inputs, save: bool):
-    q, k, v, g, beta, initial_state, scores, inverse, layout = inputs
-    out = spans.forward(
-        q, k, v, Decays.of(g, layout.run, q.shape[2]), beta, None, scores, inverse, initial_state, layout,
-        **options._asdict(), save=save,
-    )  # fmt: skip
-    return (out["o"], out["final_state"]), (out.get("states"), out.get("new"), out["transitions"])
+    """Outputs, and what the backward pass needs of the forward pass."""
+    operands = _operands(options, inputs)
+    out = spans.forward(*operands, inputs.initial_state, inputs.layout, **options._asdict(), save=save)
+    return (out["o"], out["final_state"]), (inputs, operands, out.get("states"), out.get("new"), out["transitions"])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -65,31 +75,37 @@ def _recurrence(options: Options, inputs: Inputs):
 
 
 def _forward(options, inputs):
-    outputs, saved = _scan(options, inputs, save=True)
-    return outputs, (inputs, saved)
+    return _scan(options, inputs, save=True)
 
 
-def _backward(options, residuals, cotangents):
-    inputs, (states, new, transitions) = residuals
-    q, k, v, g, beta, initial_state, scores, inverse, layout = inputs
-    do, d_final_state = cotangents
-    decays = Decays.of(g, layout.run, q.shape[2])
+def _backward(options, saved, cotangents):
+    inputs, operands, states, new, transitions = saved
+    q, k, v, decays, beta, key_decay, scores, inverse = operands
+    (do, d_final_state), layout = cotangents, inputs.layout
+    how = {"scale": options.scale, "interpret": options.interpret}
     through = spans.backward(
-        q, k, decays, beta, None, scores, inverse, do, d_final_state, layout, transitions, **options._asdict(),
-        wants_initial=initial_state is not None,
+        q, k, decays, beta, key_decay, scores, inverse, do, d_final_state, layout, transitions, **options._asdict(),
+        wants_initial=inputs.initial_state is not None,
     )  # fmt: skip
-    y, d_states = through["y"], through["d_states"]
+    y, is_per_key = through["y"], _is_per_key(inputs)
     grads = gradients(
-        q, k, v, g, decays, beta, new, y, states, d_states, do, layout, scale=options.scale, interpret=options.interpret
+        q, k, v, None if is_per_key else inputs.decay, decays, beta, new, y, states, through["d_states"], do, layout,
+        per_key=is_per_key, **how,
     )  # fmt: skip
+    if is_per_key:
+        grads = per_key.gradient(
+            inputs.q, inputs.k, inputs.decay, key_decay, grads["d_scores"], grads["dq"], grads["dk"],
+            grads["d_key_decay"], layout, **how,
+        )  # fmt: skip
     dv, dbeta = y, None
     if beta is not None:
         y, by_slot = y.astype(jnp.float32), jnp.moveaxis(beta, 1, 2)[..., None]
         dv = (by_slot * y).astype(v.dtype)
         dbeta = grads["dbeta"] + jnp.moveaxis(jnp.sum(where_real(layout.is_real, v) * y, axis=-1), 2, 1)
+    nothing = jax.tree.map(lambda _: None, inputs)
     return (
-        _no_gradients(inputs)._replace(
-            q=grads["dq"], k=grads["dk"], v=dv, decay=grads.get("dg"), beta=dbeta,
+        nothing._replace(
+            q=grads["dq"], k=grads["dk"], v=dv, decay=grads.get("d_log_decay" if is_per_key else "dg"), beta=dbeta,
             initial_state=through.get("d_initial_state"),
         ),
     )  # fmt: skip
@@ -97,58 +113,6 @@ def _backward(options, residuals, cotangents):
 
 # optimize_remat: under jax.checkpoint the first forward pass is the function itself, which does not save the states.
 _recurrence.defvjp(_forward, _backward, optimize_remat=True)
-
-
-NO_DECAY = Decays(None, None, None)
-
-
-def _prepare_and_scan_per_key(options: Options, inputs: Inputs, save: bool):
-    scores, q_carried, k_tail, key_decay = prepared = per_key.prepare(
-        inputs.q, inputs.k, inputs.decay, inputs.layout, scale=options.scale, interpret=options.interpret
-    )
-    out = spans.forward(
-        q_carried, k_tail, inputs.v, NO_DECAY, None, key_decay, scores, None, inputs.initial_state, inputs.layout,
-        **options._asdict(), save=save,
-    )  # fmt: skip
-    return (out["o"], out["final_state"]), (prepared, out.get("states"), out["transitions"])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _per_key(options: Options, inputs: Inputs):
-    """Linear attention with a log-decay a key."""
-    return _prepare_and_scan_per_key(options, inputs, save=False)[0]
-
-
-def _per_key_forward(options, inputs):
-    outputs, saved = _prepare_and_scan_per_key(options, inputs, save=True)
-    return outputs, (inputs, saved)
-
-
-def _per_key_backward(options, residuals, cotangents):
-    inputs, ((scores, q_carried, k_tail, key_decay), states, transitions) = residuals
-    (do, d_final_state), layout = cotangents, inputs.layout
-    how = {"scale": options.scale, "interpret": options.interpret}
-    through = spans.backward(
-        q_carried, k_tail, NO_DECAY, None, key_decay, scores, None, do, d_final_state, layout, transitions,
-        **options._asdict(), wants_initial=inputs.initial_state is not None,
-    )  # fmt: skip
-    grads = gradients(
-        q_carried, k_tail, inputs.v, None, NO_DECAY, None, None, None, states, through["d_states"], do, layout,
-        per_key=True, **how,
-    )  # fmt: skip
-    grads = per_key.gradient(
-        inputs.q, inputs.k, inputs.decay, key_decay, grads["d_scores"], grads["dq"], grads["dk"], grads["d_key_decay"],
-        layout, **how,
-    )  # fmt: skip
-    return (
-        _no_gradients(inputs)._replace(
-            q=grads["dq"], k=grads["dk"], v=through["y"], decay=grads["d_log_decay"],
-            initial_state=through.get("d_initial_state"),
-        ),
-    )  # fmt: skip
-
-
-_per_key.defvjp(_per_key_forward, _per_key_backward, optimize_remat=True)
 
 
 def gated_delta_rule(
@@ -187,4 +151,4 @@ def linear_attention(
     layout = Layout.of(segments, run_ids, q.shape[1])
     num_spans = num_spans or spans.default_spans(k, v, segments, is_delta=False)
     inputs = Inputs(q, k, v, log_decay.astype(jnp.float32), None, initial_state, None, None, layout)
-    return _per_key(Options(scale, num_spans, interpret), inputs)
+    return _recurrence(Options(scale, num_spans, interpret), inputs)
