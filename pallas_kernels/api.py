@@ -197,15 +197,17 @@ def linear_attention(
 
 def grouped_matmul(
     x: Float[Array, "B T D"],
-    w: Float[Array, "S D E"],
+    w: Float[Array, "S D E"] | tuple[Float[Array, "S D _"], ...],
     segments: Segments,
     *,
     token_of: Int[Array, "B N"] | None = None,
     slot_of: Int[Array, "B T R"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
-) -> Float[Array, "B N E"]:
+) -> Float[Array, "B N E"] | tuple[Float[Array, "B N _"], ...]:
     """Multiplies the slots of segment s by ``w[s]``: y_n = x_n w[segment of n], zero in dead slots.
+
+    For several products of the same x give a tuple of w, for a tuple of y: the gradient of x is then found in one pass.
 
     Args:
       x: slots, N a multiple of the alignment; with ``token_of`` tokens, of which each slot n takes row token_of[n].
@@ -217,17 +219,20 @@ def grouped_matmul(
     Returns:
       y, of x's dtype.
     """
-    op = "grouped_matmul"
-    shapes_fit = x.ndim == w.ndim == 3 and x.shape[2] == w.shape[1] and w.shape[0] == segments.num_segments
-    _check(op, shapes_fit, "the shapes of x and w", (x.shape, w.shape), "[B, N, D] and [S, D, E]")
+    op, weights = "grouped_matmul", w if isinstance(w, tuple) else (w,)
+    for w_ in weights:
+        shapes_fit = x.ndim == w_.ndim == 3 and x.shape[2] == w_.shape[1] and w_.shape[0] == segments.num_segments
+        _check(op, shapes_fit, "the shapes of x and w", (x.shape, w_.shape), "[B, N, D] and [S, D, E]")
     _check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
     num_slots = x.shape[1] if token_of is None else token_of.shape[1]
     segments = _check_segments(op, segments, x.shape[0], num_slots)
-    for name, array in (("x", x), ("w", w)):
-        allowed = array.dtype in (jnp.float32, jnp.bfloat16) and x.dtype == w.dtype
+    for name, array in (("x", x), *(("w", w_) for w_ in weights)):
+        allowed = array.dtype in (jnp.float32, jnp.bfloat16) and array.dtype == x.dtype
         _check(op, allowed, f"the dtype of {name}", array.dtype, "x and w: float32 or bfloat16, alike")
-    run = _choose(op, implementation, {"x": x, "w": w}, interpret)
-    return checkpoint_name(run(x, w, segments=segments, token_of=token_of, slot_of=slot_of), op)
+    run = _choose(op, implementation, {"x": x, "w": weights}, interpret)
+    products = run(x, weights, segments=segments, token_of=token_of, slot_of=slot_of)
+    products = tuple(checkpoint_name(y, op) for y in products)
+    return products if isinstance(w, tuple) else products[0]
 
 
 def short_convolution(

@@ -274,7 +274,7 @@ def _chunk_matmul_backward(residuals, dy):
 _chunk_matmul.defvjp(_chunk_matmul_forward, _chunk_matmul_backward)
 
 
-def grouped_matmul(x, w, *, segments, token_of, slot_of):
+def grouped_matmul(x, weights, *, segments, token_of, slot_of):
     """See :func:`pallas_kernels.api.grouped_matmul`.
 
     A loop over the chunks that some row uses, for all rows at once: hardly more arithmetic than is useful.
@@ -285,5 +285,6 @@ def grouped_matmul(x, w, *, segments, token_of, slot_of):
     real = segments.is_real(num_slots)
     chunks = jnp.moveaxis(where_real(real, x).reshape(batch, -1, CHUNK, width), 1, 0)
     used = jnp.max(segments.offsets[:, -1]) // CHUNK
-    y = _chunk_matmul(chunks, w, segments.segment_of(num_slots)[:, ::CHUNK].T, used)
-    return jnp.moveaxis(y, 0, 1).reshape(batch, num_slots, -1)
+    owner = segments.segment_of(num_slots)[:, ::CHUNK].T
+    products = (_chunk_matmul(chunks, w, owner, used) for w in weights)
+    return tuple(jnp.moveaxis(y, 0, 1).reshape(batch, num_slots, -1) for y in products)

@@ -103,13 +103,16 @@ def linear_attention(q, k, v, log_decay, *, segments, run_ids, initial_state, sc
     )
 
 
-def grouped_matmul(x, w, *, segments, token_of, slot_of):
+def grouped_matmul(x, weights, *, segments, token_of, slot_of):
     """See :func:`pallas_kernels.api.grouped_matmul`. Multiplies every slot by every matrix: S times the useful work."""
     if token_of is not None:
         x = gather_sum(x, token_of[..., None], slot_of)
     num_slots = x.shape[1]
-    real = segments.is_real(num_slots)
-    choice = jax.nn.one_hot(segments.segment_of(num_slots), w.shape[0], dtype=jnp.float32)
-    x32, w32 = where_real(real, x).astype(jnp.float32), w.astype(jnp.float32)
-    y = jnp.einsum("bnd,sde,bns->bne", x32, w32, choice, precision=lax.Precision.HIGHEST)
-    return y.astype(x.dtype)
+    x32 = where_real(segments.is_real(num_slots), x).astype(jnp.float32)
+
+    def multiply(w):
+        choice = jax.nn.one_hot(segments.segment_of(num_slots), w.shape[0], dtype=jnp.float32)
+        y = jnp.einsum("bnd,sde,bns->bne", x32, w.astype(jnp.float32), choice, precision=lax.Precision.HIGHEST)
+        return y.astype(x.dtype)
+
+    return tuple(multiply(w) for w in weights)

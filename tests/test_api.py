@@ -161,7 +161,7 @@ def test_reference_equals_a_plain_loop():
 @pytest.mark.parametrize("lengths", [((70, 3, 0), (1, 0, 100)), ((0, 0, 5),)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_grouped_matmul(implementation, lengths, gathered):
-    """Of slots, and of tokens that several slots take."""
+    """Of slots, and of tokens that several slots take; with two matrices for one x."""
     segments = Segments.from_lengths(jnp.array(lengths))
     num_slots, num_tokens = int(segments.offsets.max()) + 64, 70
     rng = np.random.default_rng(0)
@@ -173,12 +173,12 @@ def test_grouped_matmul(implementation, lengths, gathered):
         slot_of = [[np.pad(s, (0, most - len(s)), constant_values=num_slots) for s in row] for row in taken]
         where = {"token_of": jnp.asarray(token_of, jnp.int32), "slot_of": jnp.asarray(slot_of, jnp.int32)}
     x = jnp.asarray(rng.normal(size=(len(lengths), num_tokens if gathered else num_slots, 32)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 32, 48)), jnp.float32)
-    cotangent = jnp.asarray(rng.normal(size=(len(lengths), num_slots, 48)), jnp.float32)
+    weights = tuple(jnp.asarray(rng.normal(size=(3, 32, width)), jnp.float32) for width in (48, 16))
+    cotangents = tuple(jnp.asarray(rng.normal(size=(len(lengths), num_slots, width)), jnp.float32) for width in (48, 16))
 
     def run(implementation):
-        y, pull = jax.vjp(lambda x, w: api.grouped_matmul(x, w, segments, **where, **options(implementation)), x, w)
-        return y, pull(cotangent)
+        y, pull = jax.vjp(lambda x, w: api.grouped_matmul(x, w, segments, **where, **options(implementation)), x, weights)
+        return y, pull(cotangents)
 
     assert_close(run(implementation), run("reference"), LIMITS["float32"])
 

@@ -79,6 +79,28 @@ def random_state(model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mom", "hybrid", "single_kv", "all_memories"])
+def test_the_kernels_train_as_plain_jax_does(kind):
+    """Loss, load and every gradient of a model, over packed documents and padding."""
+    batch = make_batch(0, rows=2, length=130)
+    batch["document_ids"] = np.sort(np.random.default_rng(0).integers(3, size=(2, 130)), axis=1).astype(np.int32)
+    batch["attention_mask"] = np.arange(130) < np.array([[130], [100]])
+    batch["targets"] = np.where(batch["attention_mask"], batch["targets"], -1)
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def run(implementation):
+        config = small(kind, implementation=implementation)
+        params, variables = draw_params(config)
+
+        def loss(params):
+            return loss_and_metrics(bind(config, params, variables), batch, 64)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    assert_close(run("triton"), run("chunked"), LIMITS["float32"])
+
+
 def one_step(model: ModelConfig, train: TrainConfig, batch, **changes) -> tuple[dict, dict]:
     step = jax.jit(make_train_step(model, train))
     return step(random_state(model, train) | changes, batch)

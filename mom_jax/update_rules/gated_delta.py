@@ -72,16 +72,14 @@ class GatedDelta(nnx.Module):
         if self.config.single_kv_proj:
             return {}
 
-        def project(name):
-            w = self._stacked(name).astype(x.dtype)
-            y = api.grouped_matmul(
-                x, w.reshape(w.shape[:2] + (-1,)), dispatch.segments, token_of=dispatch.token_of,
-                slot_of=dispatch.slot_of, implementation=self.config.implementation,
-            )  # fmt: skip
-            return y.reshape(y.shape[:2] + w.shape[2:])
-
-        # Two products and not one of both: kernels want their operands whole, so its halves would be copied.
-        return {"k": project("k"), "v": project("v")}
+        weights = [self._stacked(name).astype(x.dtype) for name in ("k", "v")]
+        # Two matrices and not one of both: the kernels that follow want k and v whole, so its halves would be copied.
+        products = api.grouped_matmul(
+            x, tuple(w.reshape(*w.shape[:2], -1) for w in weights), dispatch.segments, token_of=dispatch.token_of,
+            slot_of=dispatch.slot_of, implementation=self.config.implementation,
+        )  # fmt: skip
+        k, v = (y.reshape(*y.shape[:2], *w.shape[2:]) for y, w in zip(products, weights, strict=True))
+        return {"k": k, "v": v}
 
     def chosen_streams(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
         """What depends on the memory, for each token in each of its memories, [B, T, R, H, ...]: for short inputs.
@@ -127,5 +125,3 @@ class GatedDelta(nnx.Module):
         """The empty state, float32 [*leading, H, K, V]."""
         config = self.config
         return jnp.zeros((*leading, config.num_heads, config.head_dim, config.value_head_dim), jnp.float32)
-
-

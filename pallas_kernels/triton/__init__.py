@@ -33,14 +33,15 @@ def _device_reason(arrays: dict) -> str | None:
         return f"it needs an NVIDIA GPU of compute capability {', '.join(CAPABILITIES)}; this is {capability}"
     if mesh.size > 1 and not mesh.are_all_axes_manual:
         return "over several devices it is not yet wrapped in shard_map, without which every device would do all the work"
-    if any(getattr(jax.typeof(x), "vma", None) for x in arrays.values() if isinstance(x, jax.Array)):
+    if any(getattr(jax.typeof(x), "vma", None) for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)):
         return "inside shard_map it needs check_vma=False"
     return None
 
 
 def _shape_reason(op: str, arrays: dict) -> str | None:
     if op == "grouped_matmul":
-        for name, size in zip("DE", arrays["w"].shape[1:], strict=True):
+        sizes = [(name, size) for w in arrays["w"] for name, size in zip("DE", w.shape[1:], strict=True)]
+        for name, size in sizes:
             if size % 16:
                 return f"{name} is {size}; it must be a multiple of 16"
     if op == "short_convolution" and arrays["normalize"] and arrays["x"].shape[-1] & (arrays["x"].shape[-1] - 1):
