@@ -81,9 +81,28 @@ def mixer_flops_per_token(config: ModelConfig) -> float:
 
 
 def write_report(directory: str, name: str, figures: dict, columns: tuple[str, ...], lines: list[str]) -> None:
-    """The figures as ``name``.json, and ``name``.md: the title over a table of these lines."""
+    """The figures as ``name``.json; ``name``.md: the title over a table of these lines; ``name``.png: the times as bars."""
     output = Path(directory)
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     table = [title(figures), "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines]
     (output / f"{name}.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    plot_times(figures["rows"], title(figures), output / f"{name}.png")
+
+
+def plot_times(rows: list[dict], heading: str, path: Path) -> None:
+    """A bar for every row's ``ms``, dark up to its ``forward_ms`` if it has that."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows[::-1] if row["ms"]]
+    labels = [" ".join(row[key] for key in ("work", "what", "implementation") if key in row) for row in rows]
+    figure = Figure((8, 1 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(labels, [row["ms"] for row in rows], color="tab:blue", alpha=0.5)
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.barh(labels, [row.get("forward_ms") or 0 for row in rows], color="tab:blue")
+    axes.set(xlabel="ms", title=heading)
+    axes.title.set_fontsize(8)
+    figure.savefig(path, dpi=120)
+
+

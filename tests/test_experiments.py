@@ -321,13 +321,20 @@ SCRIPTS = {
             "--works", "small", "small_grouped_matmul", "--implementations", "chunked", "--rounds", "1", "--calls", "1",
             "--output", str(output),
         ],
-        ["kernels.json", "kernels.md"],
+        ["kernels.json", "kernels.md", "kernels.png"],
     ),
     "benchmark_layer.py": (
         lambda workshop, output: [
             "--works", "small", "--implementations", "default", "--rounds", "1", "--calls", "1", "--output", str(output),
         ],
-        ["layer.json", "layer.md"],
+        ["layer.json", "layer.md", "layer.png"],
+    ),
+    "compare_losses.py": (
+        lambda workshop, output: [
+            *TINY, "--kernels", "reference", "--seeds", "1", "--data.path", str(workshop.data),
+            "--data.sequence-length", "64", "--data.batch-size", "1", "--train.steps", "2", "--output", str(output),
+        ],
+        ["losses.json", "losses.png"],
     ),
     "evaluate.py": (
         lambda workshop, output: [

@@ -111,10 +111,9 @@ def _prepare_kernel(inputs, outputs, *, scale, dtype, key_tile, interpret):
             outputs["key_decay"][chunk, columns] = exp2(jnp.sum(log_decay, axis=0), interpret) * survives
 
             def one_level(level, scores):
-                pairs = inputs["pairs"][level, :, :].astype(jnp.float32)
                 to_border = decay(level)
                 product = dot(q * to_border, (k * to_border).T, dtype)
-                return fma(product, pairs, scores, interpret)
+                return fma(product, inputs["pairs"][level, :, :].astype(jnp.float32), scores, interpret)
 
             diagonal += jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=1)
             return lax.fori_loop(0, LEVELS, one_level, scores), diagonal
