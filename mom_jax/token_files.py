@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -31,6 +31,7 @@ _OFFSET_DTYPE = np.dtype("<i8")
 _BLOCK = 1 << 22  # tokens checked at a time
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the data path and generation ask of a tokenizer. Text goes in as it is: nothing is added or interpreted."""
 
