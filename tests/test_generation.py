@@ -1,21 +1,23 @@
 """Generation: prompts in pieces and one compiled loop draw what the full forward pass says, whatever the lengths."""
 
 import logging
-from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from models import KINDS, model_of, small
 
 from mom_jax import generation
+from mom_jax.config import ModelConfig
 from mom_jax.generation import Continuation, generate, inference_model, new_text, piece_sizes, prefill
 from mom_jax.sampling import GREEDY, Sampling
 from mom_jax.token_files import ByteTokenizer
 
 NEW = 5  # tokens drawn
 LENGTHS = (150, 66, 1)  # three pieces of 64, of which a row may see only padding
+SHORT = (40, 21, 1)  # whose full forward pass goes token by token
 LOOSE = Sampling(temperature=3.0)
 
 
@@ -24,10 +26,14 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(generation, "PIECES", (64,))
 
 
-@cache
-def prompts() -> list[list[int]]:
+def config_of(kind: str) -> ModelConfig:
+    """Of two layers, and with the ops that compile most quickly, but for one kind."""
+    return small(kind, num_layers=2, **({} if kind == "mom" else {"implementation": "reference"}))
+
+
+def prompts(lengths=LENGTHS) -> list[list[int]]:
     rng = np.random.default_rng(0)
-    return [rng.integers(61, size=length).tolist() for length in LENGTHS]
+    return [rng.integers(61, size=length).tolist() for length in lengths]
 
 
 def next_logits(kind: str, prompts, drawn) -> np.ndarray:
@@ -35,7 +41,7 @@ def next_logits(kind: str, prompts, drawn) -> np.ndarray:
     rows = [[*prompt, *row[:-1]] for prompt, row in zip(prompts, drawn, strict=True)]
     length = max(map(len, rows))
     tokens, mask = ([[fill] * (length - len(row)) + f(row) for row in rows] for fill, f in ((0, list), (0, ones)))
-    return np.asarray(model_of(small(kind))(jnp.array(tokens), jnp.array(mask)).logits)[:, -NEW:]
+    return np.asarray(model_of(config_of(kind))(jnp.array(tokens), jnp.array(mask)).logits)[:, -NEW:]
 
 
 def ones(row):
@@ -48,26 +54,23 @@ def ids(rows: list[Continuation]) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass(kind, small_pieces):
-    drawn = generate(model_of(small(kind)), prompts(), max_new_tokens=NEW, sampling=GREEDY)
-    assert [(len(row.ids), row.ended, row.text) for row in drawn] == [(NEW, "length", None)] * len(LENGTHS)
-    logits = next_logits(kind, prompts(), ids(drawn))
+    texts = prompts(LENGTHS if kind in ("mom", "hybrid", "full_attention_hybrid") else SHORT)
+    drawn = generate(model_of(config_of(kind)), texts, max_new_tokens=NEW, sampling=GREEDY)
+    assert [(len(row.ids), row.ended, row.text) for row in drawn] == [(NEW, "length", None)] * len(texts)
+    logits = next_logits(kind, texts, ids(drawn))
     assert np.diff(np.sort(logits, axis=-1)[..., -2:], axis=-1).min() > 1e-4  # so that rounding decides nothing
     np.testing.assert_array_equal(ids(drawn), np.argmax(logits, axis=-1))
 
 
-def states_of(kind, pieces, monkeypatch):
-    monkeypatch.setattr(generation, "PIECES", pieces)
-    model = model_of(small(kind))
-    params = generation.nnx.to_pure_dict(generation.nnx.state(model))
-    return prefill(model.config, params, [np.array(prompt) for prompt in prompts()], 160)
-
-
 @pytest.mark.parametrize("kind", ["mom", "hybrid"])
 def test_any_pieces_of_the_prompt_give_the_same_state(kind, monkeypatch):
-    expected = states_of(kind, (64,), monkeypatch)
-    for pieces in ((256, 128, 64), (256,)):
-        found = states_of(kind, pieces, monkeypatch)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
+    model = model_of(config_of(kind))
+    rows = [np.array(prompt) for prompt in prompts()]
+    found = []
+    for pieces in ((64,), (128, 64)):
+        monkeypatch.setattr(generation, "PIECES", pieces)
+        found.append(prefill(model.config, nnx.to_pure_dict(nnx.state(model)), rows, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *found)
 
 
 def test_the_pieces_of_a_prompt_are_the_largest_and_then_binary_digits():
@@ -78,29 +81,29 @@ def test_the_pieces_of_a_prompt_are_the_largest_and_then_binary_digits():
         assert sum(sizes) == total and len(sizes) <= total // 2048 + 5
 
 
-def test_no_length_is_compiled_in(small_pieces, monkeypatch, caplog):
+def test_no_length_is_compiled_in(small_pieces, caplog):
     """Longer prompts, other numbers of new tokens, values of settings, seeds, stop tokens and a callback: one program."""
     model = inference_model(model_of(small()))
 
     def call(length, new, temperature, **settings):
-        rows = [[1] * length, [2] * (length // 2)]
+        rows = [[1] * length, [2] * (length // 2), [3]]
         return generate(model, rows, max_new_tokens=new, sampling=Sampling(temperature), **settings)
 
     call(64, 1, 1.0)
-    monkeypatch.setattr(jax.config, "jax_log_compiles", True)
+    programs = generation._decode._cache_size(), generation._prefill_piece._cache_size()
     with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
         for length, new, temperature in ((2, 64, 0.5), (300, 33, 2.0), (129, 2, 1.0)):
-            call(length, new, temperature, seed=new, stop_ids=[new])
+            call(length, new, temperature, seed=new, stop_ids=[new // 2])
         call(65, 20, 1.0, callback=lambda new: None, block=3, max_length=999)
     assert [record.message for record in caplog.records if "ompil" in record.message] == []
-    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
-        call(64, 65, 1.0)  # beyond the buffer: one more program
-    assert sum("Compiling jit(_decode)" in record.message for record in caplog.records) == 1
+    assert programs == (generation._decode._cache_size(), generation._prefill_piece._cache_size())
+    call(64, 65, 1.0)  # beyond the buffer: one more program
+    assert generation._decode._cache_size() == programs[0] + 1
 
 
 def test_the_size_of_the_state_depends_on_no_length(small_pieces):
     model = model_of(small())
-    params = generation.nnx.to_pure_dict(generation.nnx.state(model))
+    params = nnx.to_pure_dict(nnx.state(model))
     states = [prefill(model.config, params, [np.ones(length, np.int32)] * 3, None)[0] for length in (3, 150)]
     assert jax.tree.map(np.shape, states[0]) == jax.tree.map(np.shape, states[1])
 
@@ -157,24 +160,25 @@ def test_draws_follow_the_softmax_of_the_logits():
     np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 4000))
 
 
-def test_the_repetition_penalty_is_for_prompt_and_new_tokens():
-    """So strong that nothing is ever repeated while there are other tokens."""
-    prompt = list(range(0, 61, 2))
-    (row,) = generate(
-        model_of(small()), [prompt], max_new_tokens=30, sampling=Sampling(0.0, repetition_penalty=1e9)
-    )  # fmt: skip
-    logits = np.asarray(model_of(small())(jnp.array([[*prompt, *row.ids]])).logits)[0, len(prompt) - 1 : -1]
-    for n, (token, row_logits) in enumerate(zip(row.ids, logits, strict=True)):
-        seen = np.isin(np.arange(61), prompt + row.ids[:n])
-        assert token == np.argmax(np.where(seen, np.where(row_logits < 0, row_logits * 1e9, row_logits / 1e9), row_logits))
+def test_the_repetition_penalty_is_for_prompt_and_new_tokens(small_pieces):
+    sampling = Sampling(0.0, repetition_penalty=5.0)
+    rows = ids(generate(model_of(small()), prompts(SHORT), max_new_tokens=NEW, sampling=sampling))
+    seen = np.zeros((len(SHORT), NEW, 61), bool)
+    for row, (prompt, new) in enumerate(zip(prompts(SHORT), rows, strict=True)):
+        for n in range(NEW):
+            seen[row, n, prompt + new[:n]] = True
+    logits = next_logits("mom", prompts(SHORT), rows)
+    penalized = np.argmax(np.where(seen, np.where(logits < 0, logits * 5, logits / 5), logits), axis=-1)
+    np.testing.assert_array_equal(rows, penalized)
+    assert (penalized != np.argmax(logits, axis=-1)).any()
 
 
 def test_weights_are_in_the_compute_type_and_give_the_same_logits():
-    model = model_of(small("hybrid", dtype="bfloat16", tie_embeddings=False))
+    model = model_of(small("hybrid", num_layers=2, dtype="bfloat16", tie_embeddings=False))
     cast = inference_model(model)
-    sizes = [sum(x.nbytes for x in jax.tree.leaves(generation.nnx.state(m))) for m in (model, cast)]
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(nnx.state(m))) for m in (model, cast)]
     assert 0.5 < sizes[1] / sizes[0] < 0.6
-    tokens = jnp.array(prompts()[1:2])
+    tokens = jnp.array(prompts()[1:2])[:, :3]
     np.testing.assert_array_equal(model(tokens).logits, cast(tokens).logits)
     again = inference_model(cast)
     assert again.embedding[...] is cast.embedding[...]
@@ -248,9 +252,9 @@ def test_what_is_not_allowed_is_refused_by_name_before_any_compute(unchecked_sha
     monkeypatch.setattr(generation, "prefill", None)
     settings = {"prompts": [[1]], "max_new_tokens": 1} | settings
     with pytest.raises(ValueError, match=message):
-        generate(model_of(small("full_attention_hybrid")), settings.pop("prompts"), **settings)
+        generate(model_of(config_of("full_attention_hybrid")), settings.pop("prompts"), **settings)
 
 
 def test_layers_with_a_bounded_state_have_no_limit(small_pieces):
     for kind in ("mom", "hybrid"):
-        assert len(generate(model_of(small(kind)), prompts(), max_new_tokens=20, sampling=LOOSE)[0].ids) == 20
+        assert len(generate(model_of(config_of(kind)), prompts(), max_new_tokens=20, sampling=LOOSE)[0].ids) == 20

@@ -85,7 +85,7 @@ def test_the_vocabulary_is_sorted_at_most_once(name):
 
 
 def test_another_value_of_a_setting_compiles_nothing():
-    compiled = jax.jit(next_token)
+    compiled = jax.jit(lambda *inputs: next_token(*inputs))
     inputs = jax.random.split(jax.random.key(0), 2), jnp.zeros((2, 5), bool)
     for shift in (0.1, 0.2):
         sampling = Sampling(1 + shift, int(shift * 10), 0.7 + shift, 0.1 + shift, 1.5 + shift)
