@@ -4,13 +4,15 @@
     python experiments/generate.py --model HUGGING_FACE_DIRECTORY --prompt-file story.txt --max-new-tokens 1000
     python experiments/generate.py --run runs/mine --batch-file prompts.jsonl --output continued.jsonl --batch-size 32
 
---run is a directory that experiments/train_lm.py wrote, --model one in the official Hugging Face layout with a tokenizer.json
-in it. Without --prompt, --prompt-file and --batch-file the prompt is read from the standard input. A batch file has a prompt in each line, or, if it ends in .jsonl, {"prompt": ...}; each line of the output is
-{"index", "prompt", "text", "ids", "ended"}, with the line number from 0, in no certain order. The same command continues an
-output that was interrupted: what is in it is not generated again.
+--run is a directory that experiments/train_lm.py wrote; --model one in the official Hugging Face layout, tokenizer.json too.
+Without --prompt, --prompt-file and --batch-file the prompt is read from the standard input. A batch file has a prompt in
+each line, or, if its name ends in .jsonl, {"prompt": ...}; each line of the output is {"index", "prompt", "text", "ids",
+"ended"}, the index being the line's number from 0, in no certain order. The same command continues an output that was
+interrupted: what is in it is not generated again.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -161,11 +163,9 @@ def read_done(config: Generate, prompts: list[str]) -> set[int]:
     differ = [name for name, value in to_dict(config).items() if name not in PLACES and former.get(name) != value]
     allowed = f"it holds continuations of other settings ({', '.join(differ)}): choose another file, or delete it"
     require(not differ, "output", config.output, allowed)
-    whole = output.read_bytes().rpartition(b"\n")
-    if whole[2]:
-        with output.open("r+b") as file:
-            file.truncate(len(whole[0]) + len(whole[1]))
-    records = [json.loads(line) for line in whole[0].decode().splitlines()]
+    *lines, torn = output.read_bytes().split(b"\n")
+    os.truncate(output, output.stat().st_size - len(torn))
+    records = [json.loads(line) for line in lines]
     for record in records:
         same = record["index"] < len(prompts) and prompts[record["index"]] == record["prompt"]
         require(same, "output", config.output, f"its prompt {record['index']} is not that of {config.batch_file}")

@@ -335,6 +335,13 @@ SCRIPTS = {
         ],
         ["figures.json"],
     ),
+    "generate.py": (
+        lambda workshop, output: [
+            "--run", str(workshop.uninterrupted("windows")), "--best",
+            "--batch-file", str(workshop.data / "valid.json"), "--max-new-tokens", "3", "--output", str(output / "continued.jsonl"),
+        ],
+        ["continued.jsonl", "continued.jsonl.config.json"],
+    ),
 }  # fmt: skip
 
 
