@@ -81,8 +81,8 @@ def generate(
     """Continues every prompt, all of them at once, until each has drawn a stop token or ``max_new_tokens``.
 
     Args:
-      prompts: of any lengths: token ids, or text where there is a tokenizer. Text begins a document: with ``bos_id`` if the
-        tokenizer has one; empty text without one with ``eos_id``, which ends the document before.
+      prompts: of any lengths: token ids, or text where there is a tokenizer. Text begins a document, with ``bos_id`` if the
+        tokenizer has one; without one, empty text is ``eos_id``, which ends the document before.
       seed: row i draws with seed + i, or with seed[i]. At one shape of the batch a seed gives a prompt the same tokens in
         every row.
       max_length: tokens that attention layers without a window can hold; None: ``model.config.max_length``. Other layers
@@ -228,14 +228,15 @@ def prompt_ids(config: ModelConfig, prompt: str | Ids, name: str, tokenizer: Tok
         require(tokenizer is not None, name, prompt[:40], "text needs a tokenizer; else give token ids")
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         prompt = [*begin, *tokenizer.encode(prompt).tolist()] or [tokenizer.eos_id]
-    require(len(prompt) > 0, name, prompt, "it must have at least one token")
-    return _checked_ids(config, prompt, name)
+    ids = _checked_ids(config, prompt, name)
+    require(ids.size > 0, name, [], "it must have at least one token")
+    return ids
 
 
 def _checked_ids(config: ModelConfig, ids: Ids, name: str) -> np.ndarray:
-    array = np.asarray(ids, *([np.int32] if len(ids) == 0 else []))
-    is_integer = array.ndim == 1 and np.issubdtype(array.dtype, np.integer)
-    require(is_integer, name, f"{array.dtype}{list(array.shape)}", "it must be a list of integers, token ids")
+    array = np.asarray(ids)
+    is_list = array.ndim == 1 and (array.size == 0 or np.issubdtype(array.dtype, np.integer))
+    require(is_list, name, f"{array.dtype}{list(array.shape)}", "it must be a list of integers, token ids")
     bad = array[(array < 0) | (array >= config.vocab_size)]
     allowed = f"token ids run from 0 to vocab_size - 1 = {config.vocab_size - 1}"
     require(bad.size == 0, f"a token id in {name}", bad[:1].tolist(), allowed)
@@ -249,7 +250,7 @@ def _listed(prompts) -> list:
 
 
 def _seeds(seed, count: int) -> np.ndarray:
-    seeds = [seed + row for row in range(count)] if _is_integer(seed) else list(seed)
+    seeds = [seed + row for row in range(count)] if _is_integer(seed) else np.ravel(seed).tolist()
     require(len(seeds) == count, "the number of seeds", len(seeds), f"one for each of the {count} prompts, or one integer")
     is_allowed = all(_is_integer(x) and 0 <= x < 1 << 32 for x in seeds)
     require(is_allowed, "seed", seed, "integers from 0 to 2^32 - 1")

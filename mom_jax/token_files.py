@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
         """``encode`` of several texts, in parallel where the tokenizer can."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; ids that begin or end a document give nothing."""
+        """Text of token ids; ids that begin or end a document or that it does not have give nothing."""
 
 
 class ByteTokenizer:
@@ -68,7 +68,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(int(token) for token in ids if token != self.eos_id).decode(errors="replace")
+        return bytes(int(token) for token in ids if token < self.eos_id).decode(errors="replace")
 
 
 class HuggingFaceTokenizer:

@@ -337,8 +337,8 @@ SCRIPTS = {
     ),
     "generate.py": (
         lambda workshop, output: [
-            "--run", str(workshop.uninterrupted("windows")), "--best",
-            "--batch-file", str(workshop.data / "valid.json"), "--max-new-tokens", "3", "--output", str(output / "continued.jsonl"),
+            "--run", str(workshop.uninterrupted("windows")), "--best", "--max-new-tokens", "3",
+            "--batch-file", str(workshop.data / "valid.json"), "--output", str(output / "continued.jsonl"),
         ],
         ["continued.jsonl", "continued.jsonl.config.json"],
     ),

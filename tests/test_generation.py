@@ -215,6 +215,7 @@ def test_new_text_is_what_the_new_tokens_add():
     assert new_text(PrefixTokenizer(), [0], b" of") == "of"
     assert new_text(ByteTokenizer(), "aé".encode()[:-1], "é".encode()[1:] + b"b") == "éb"
     assert new_text(ByteTokenizer(), "é".encode() * 40, b"b") == "b"
+    assert new_text(ByteTokenizer(), b"a", [98, 256, 257, 99]) == "bc"  # a model's vocabulary may be larger
 
 
 # Refusals
@@ -235,9 +236,11 @@ def test_new_text_is_what_the_new_tokens_add():
         ({"prompts": [[1], [-1]]}, r"a token id in prompts\[1\] = \[-1\] is not allowed"),
         ({"prompts": [[1.0]]}, r"prompts\[0\] = 'float64\[1\]' is not allowed: it must be a list of integers"),
         ({"prompts": [[[1]]]}, r"prompts\[0\] = 'int64\[1, 1\]' is not allowed: it must be a list of integers"),
+        ({"prompts": [1, 2]}, r"prompts\[0\] = 'int64\[\]' is not allowed: it must be a list of integers"),
         ({"stop_ids": [61]}, r"a token id in stop_ids = \[61\] is not allowed: token ids run from 0 to .* = 60"),
         ({"stop_ids": ["."]}, r"stop_ids = '<U1\[1\]' is not allowed: it must be a list of integers"),
         ({"seed": -1}, r"seed = -1 is not allowed: integers from 0 to 2\^32 - 1"),
+        ({"seed": 1.5}, r"seed = 1.5 is not allowed: integers from 0"),
         ({"seed": [1, 2]}, "the number of seeds = 2 is not allowed: one for each of the 1 prompts, or one integer"),
         ({"sampling": Sampling(top_k=62)}, "Sampling.top_k = 62 is not allowed: None, or from 1 to vocab_size = 61"),
         (
