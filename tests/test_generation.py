@@ -17,7 +17,8 @@ from mom_jax.token_files import ByteTokenizer
 
 NEW = 5  # tokens drawn
 LENGTHS = (150, 66, 1)  # three pieces of 64, of which a row may see only padding
-SHORT = (40, 21, 1)  # whose full forward pass goes token by token
+SHORT = (40, 21, 1)  # so short that nothing is dispatched to slots, in pieces of 32 neither: quickly compiled
+DISPATCHED = ("mom", "hybrid", "full_attention_hybrid")
 LOOSE = Sampling(temperature=3.0)
 
 
@@ -53,8 +54,11 @@ def ids(rows: list[Continuation]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass(kind, small_pieces):
-    texts = prompts(LENGTHS if kind in ("mom", "hybrid", "full_attention_hybrid") else SHORT)
+def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass(kind, monkeypatch):
+    """That all kinds are the same function with and without dispatch: tests/test_memory.py."""
+    lengths, piece = (LENGTHS, 64) if kind in DISPATCHED else (SHORT, 32)
+    monkeypatch.setattr(generation, "PIECES", (piece,))
+    texts = prompts(lengths)
     drawn = generate(model_of(config_of(kind)), texts, max_new_tokens=NEW, sampling=GREEDY)
     assert [(len(row.ids), row.ended, row.text) for row in drawn] == [(NEW, "length", None)] * len(texts)
     logits = next_logits(kind, texts, ids(drawn))
@@ -62,9 +66,8 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass(kind, small_piece
     np.testing.assert_array_equal(ids(drawn), np.argmax(logits, axis=-1))
 
 
-@pytest.mark.parametrize("kind", ["mom", "hybrid"])
-def test_any_pieces_of_the_prompt_give_the_same_state(kind, monkeypatch):
-    model = model_of(config_of(kind))
+def test_any_pieces_of_the_prompt_give_the_same_state(monkeypatch):
+    model = model_of(config_of("hybrid"))
     rows = [np.array(prompt) for prompt in prompts()]
     found = []
     for pieces in ((64,), (128, 64)):
@@ -151,8 +154,9 @@ def test_what_the_callback_gets_adds_up_to_the_result(block, small_pieces):
     assert len(blocks) == -(-20 // block) and all(len(row) <= block for new in blocks for row in new)
 
 
-def test_draws_follow_the_softmax_of_the_logits():
+def test_draws_follow_the_softmax_of_the_logits(monkeypatch):
     """The first token after one prompt, drawn 4,000 times in one batch."""
+    monkeypatch.setattr(generation, "PIECES", (4,))
     model = model_of(small("attention_only"))
     drawn = generate(model, [[3, 1, 4]] * 4000, max_new_tokens=1, sampling=Sampling(2.0), max_length=4)
     expected = jax.nn.softmax(model(jnp.array([[3, 1, 4]])).logits[0, -1] / 2.0)
@@ -173,15 +177,16 @@ def test_the_repetition_penalty_is_for_prompt_and_new_tokens(small_pieces):
     assert (penalized != np.argmax(logits, axis=-1)).any()
 
 
-def test_weights_are_in_the_compute_type_and_give_the_same_logits():
-    model = model_of(small("hybrid", num_layers=2, dtype="bfloat16", tie_embeddings=False))
+def test_weights_of_products_are_in_the_compute_type():
+    """That this changes nothing in the layers: tests/test_training.py."""
+    model = model_of(small("hybrid", dtype="bfloat16"))
     cast = inference_model(model)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(nnx.state(m))) for m in (model, cast)]
     assert 0.5 < sizes[1] / sizes[0] < 0.6
-    tokens = jnp.array(prompts()[1:2])[:, :3]
-    np.testing.assert_array_equal(model(tokens).logits, cast(tokens).logits)
-    again = inference_model(cast)
-    assert again.embedding[...] is cast.embedding[...]
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 32)), jnp.bfloat16)
+    np.testing.assert_array_equal(model.logits(hidden), cast.logits(hidden))
+    assert cast.embedding.dtype == cast.head.dtype == jnp.bfloat16
+    assert inference_model(cast).embedding[...] is cast.embedding[...]
 
 
 # Text
