@@ -18,11 +18,11 @@ class Options(NamedTuple):
     So another value compiles nothing, and what is not used is not computed. A temperature of None is greedy.
     """
 
-    temperature: np.ndarray | Float[Array, ""] | None = None
-    top_k: np.ndarray | Int[Array, ""] | None = None
-    top_p: np.ndarray | Float[Array, ""] | None = None
-    min_p: np.ndarray | Float[Array, ""] | None = None
-    repetition_penalty: np.ndarray | Float[Array, ""] | None = None
+    temperature: np.generic | Float[Array, ""] | None = None
+    top_k: np.generic | Int[Array, ""] | None = None
+    top_p: np.generic | Float[Array, ""] | None = None
+    min_p: np.generic | Float[Array, ""] | None = None
+    repetition_penalty: np.generic | Float[Array, ""] | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mom_jax.token_files import ByteTokenizer
 NEW = 5  # tokens drawn
 LENGTHS = (150, 66, 1)  # three pieces of 64, of which a row may see only padding
 SHORT = (40, 21, 1)  # so short that nothing is dispatched to slots, in pieces of 32 neither: quickly compiled
-DISPATCHED = ("mom", "hybrid", "full_attention_hybrid")
+DISPATCHED = ("mom", "hybrid")
 LOOSE = Sampling(temperature=3.0)
 
 
