@@ -58,12 +58,12 @@ def parse[Experiment](
 
     ``experiment_class`` is a frozen dataclass of scalars and nested frozen dataclasses (see mom_jax/config_io.py for
     the types); the strings below its fields explain them in ``--help``, and a field without a default is a required
-    flag. It takes ``--preset`` if it has a field ``model``. ``description`` heads the help: pass ``__doc__``.
+    flag. It takes ``--preset`` if it has a ``model`` that is one too. ``description`` heads the help: pass ``__doc__``.
 
     A value that is not allowed ends the program with status 2 and says on stderr which flag's and what is allowed.
     """
     argv = sys.argv[1:] if argv is None else argv
-    sources_class = _SourcesWithModel if "model" in get_type_hints(experiment_class) else _Sources
+    sources_class = _SourcesWithModel if _has_model(experiment_class) else _Sources
     sources, _ = tyro.cli(sources_class, args=argv, add_help=False, return_unknown_args=True)
     try:
         defaults = _defaults(experiment_class, sources)
@@ -82,6 +82,11 @@ def parse[Experiment](
         default=Command(sources, defaults),
         registry=_one_line_errors(experiment_class),
     ).experiment
+
+
+def _has_model(cls: type) -> bool:
+    """Whether ``cls`` describes a model, which a preset may then do too."""
+    return is_dataclass(get_type_hints(cls).get("model"))
 
 
 def _refuse(error: Exception, experiment_class: type, status: int = 2) -> NoReturn:
@@ -151,7 +156,7 @@ def _read(path: str, cls: type) -> tuple[dict[str, Any], str | None]:
     try:
         values = PARSERS[suffix](Path(path).read_text(encoding="utf-8"))
         preset = None
-        if isinstance(values, dict) and "model" in get_type_hints(cls):
+        if isinstance(values, dict) and _has_model(cls):
             preset = values.pop("preset", None)
             require(preset in (None, *PRESETS), "preset", preset, f"choose one of {', '.join(PRESETS)}")
         return checked_values(cls, values), preset

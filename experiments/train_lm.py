@@ -15,18 +15,17 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from cli import run
 
 from mom_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.config_io import to_dict
 from mom_jax.data import make_dataset
 from mom_jax.fit import fit
-from mom_jax.generation import sample
+from mom_jax.generation import generate
 from mom_jax.model import bind
 from mom_jax.reports import read_metrics
 from mom_jax.runs import keep_tokenizer
+from mom_jax.sampling import Sampling
 from mom_jax.sharding import make_mesh, use_mesh
 from mom_jax.token_files import TokenFile, load_tokenizer
 
@@ -97,16 +96,13 @@ def main(config: TrainLM) -> None:
 def sample_texts(config: TrainLM, state) -> str:
     """The prompts continued at temperature 0.8, ready to print."""
     tokenizer = load_tokenizer(config.data.path)
-    border = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    prompts = [tokenizer.encode(prompt).tolist() or [border] for prompt in config.sample_prompts]
-    length = max(map(len, prompts))
-    tokens = jnp.array([[0] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = jnp.array([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     model = bind(dataclasses.replace(config.model, remat="none"), state["params"], state["variables"])
-    drawn = sample(
-        model, tokens, config.sample_tokens, key=jax.random.key(0), temperature=0.8, top_k=40, attention_mask=mask
+    longest = 1 + max(len(tokenizer.encode(prompt)) for prompt in config.sample_prompts)
+    rows = generate(
+        model, config.sample_prompts, max_new_tokens=config.sample_tokens, max_length=longest + config.sample_tokens,
+        sampling=Sampling(0.8, top_k=40), tokenizer=tokenizer,
     )  # fmt: skip
-    texts = [prompt + tokenizer.decode(row) for prompt, row in zip(config.sample_prompts, drawn.tolist(), strict=True)]
+    texts = [prompt + row.text for prompt, row in zip(config.sample_prompts, rows, strict=True)]
     rule = "-" * 80
     return f"\n{rule}\n".join(["", *texts, ""])
 

@@ -1,5 +1,7 @@
 """Parameters and matmuls in the compute type, and the SwiGLU MLP."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mom_jax.config import ModelConfig
-from mom_jax.sharding import constrain
+from mom_jax.sharding import constrain, leaf_name
 
 
 def normal_param(rngs: nnx.Rngs, config: ModelConfig, *shape: int) -> nnx.Param:
@@ -33,6 +35,20 @@ def einsum_float32(equation: str, *operands: jax.Array, dtype) -> jax.Array:
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.DotAlgorithmPreset.BF16_BF16_F32
     operands = [x.astype(dtype) for x in operands]
     return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
+
+
+def cast_weights(params: Any, dtype, of_embedding: bool = False) -> Any:
+    """A tree of parameters with the weights of the layers' matmuls in the compute type: cast once, not at every use.
+
+    Args:
+      of_embedding: whether to cast the embedding and the head too; in training their gradients are float32.
+    """
+    names = ("w_", "shared_", "attention_") + (("embedding", "head") if of_embedding else ())
+
+    def cast(path, x):
+        return x.astype(dtype) if leaf_name(path).startswith(names) else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 class SwiGLU(nnx.Module):

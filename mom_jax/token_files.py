@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -31,6 +31,7 @@ _OFFSET_DTYPE = np.dtype("<i8")
 _BLOCK = 1 << 22  # tokens checked at a time
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the data path and generation ask of a tokenizer. Text goes in as it is: nothing is added or interpreted."""
 
@@ -49,7 +50,7 @@ class Tokenizer(Protocol):
         """``encode`` of several texts, in parallel where the tokenizer can."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; ids that begin or end a document give nothing."""
+        """Text of token ids; ids that begin or end a document or that it does not have give nothing."""
 
 
 class ByteTokenizer:
@@ -67,7 +68,7 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(int(token) for token in ids if token != self.eos_id).decode(errors="replace")
+        return bytes(int(token) for token in ids if token < self.eos_id).decode(errors="replace")
 
 
 class HuggingFaceTokenizer:

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig, TrainConfig, require
-from mom_jax.model import MoMLanguageModel, Params, bind, init_params
+from mom_jax.layers import cast_weights
+from mom_jax.model import MoMLanguageModel, bind, init_params
 from mom_jax.sharding import leaf_name, parameter_specs, shardings
 from pallas_kernels.api import linear_cross_entropy
 
@@ -67,15 +68,6 @@ def loss_and_metrics(
         "load": out.router.load,
     }  # fmt: skip
     return nats / count + config.balance_loss_scale * balance + config.router_z_loss_scale * z_loss, metrics
-
-
-def cast_weights(params: Params, dtype) -> Params:
-    """The weights of the layers' matmuls in the compute type: once a piece, not once in every layer and pass."""
-
-    def cast(path, x):
-        return x.astype(dtype) if leaf_name(path).startswith(("w_", "shared_", "attention_")) else x
-
-    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def has_weight_decay(name: str) -> bool:

@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_threefry_partitionable", True)
 
 # Before they are imported: the annotated shapes of the modules that compute are checked at every call.
-CHECKED = ("attention", "generation", "layers", "memory", "model", "routing", "training", "update_rules")
+CHECKED = ("attention", "generation", "layers", "memory", "model", "routing", "sampling", "training", "update_rules")
 jaxtyping.install_import_hook([*(f"mom_jax.{name}" for name in CHECKED), "pallas_kernels"], "beartype.beartype")
 
 

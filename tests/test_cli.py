@@ -197,14 +197,22 @@ def test_wrong_flags_are_refused(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@dataclass(frozen=True)
+class OfDirectory:
+    model: str = ""
+    """Directory of a model, which no preset describes."""
+
+
 def test_an_experiment_without_a_model_takes_no_preset(write, capsys):
+    assert parse(OfDirectory, argv=["--model", "a"]) == OfDirectory("a")
     assert parse(Evaluation, argv=["--checkpoint", "a", "--limits", "1", "2.5"]) == Evaluation("a", (1.0, 2.5))
     assert parse(Evaluation, argv=["--config", write("a.json", '{"checkpoint": "a"}')]) == Evaluation("a")
     path = write("b.toml", "preset = 'tiny'")
     assert "preset = 'tiny' is not allowed: there is no such field" in error_of(capsys, ["--config", path], Evaluation)
-    for argv in ([], ["--checkpoint", "a", "--preset", "tiny"]):
+    preset = ["--preset", "tiny"]
+    for cls, argv in ((OfDirectory, preset), (Evaluation, []), (Evaluation, ["--checkpoint", "a", *preset])):
         with pytest.raises(SystemExit, match="2"):
-            parse(Evaluation, argv=argv)
+            parse(cls, argv=argv)
     assert re.search("Missing.*--checkpoint.*Unrecognized options: --preset", capsys.readouterr().err, re.DOTALL)
 
 

@@ -342,6 +342,13 @@ SCRIPTS = {
         ],
         ["figures.json"],
     ),
+    "generate.py": (
+        lambda workshop, output: [
+            "--run", str(workshop.uninterrupted("windows")), "--best", "--max-new-tokens", "3",
+            "--batch-file", str(workshop.data / "valid.json"), "--output", str(output / "continued.jsonl"),
+        ],
+        ["continued.jsonl", "continued.jsonl.config.json"],
+    ),
 }  # fmt: skip
 
 

@@ -1,106 +1,268 @@
-"""Sampling: the compiled loop of prefill and single tokens draws what the full forward pass says."""
+"""Generation: prompts in pieces and one compiled loop draw what the full forward pass says, whatever the lengths."""
 
-from functools import cache
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import model_of, small
+from flax import nnx
+from models import KINDS, model_of, small
 
-from mom_jax.generation import sample
+from mom_jax import generation
+from mom_jax.config import ModelConfig
+from mom_jax.generation import Continuation, generate, inference_model, new_text, piece_sizes, prefill
+from mom_jax.sampling import GREEDY, Sampling
+from mom_jax.token_files import ByteTokenizer
 
 NEW = 5  # tokens drawn
-# So wide a prompt is dispatched to slots; pieces below 64 tokens, and the drawn ones, go token by token.
-CONFIGS = {
-    "mom": small(),
-    "hybrid_with_window": small("hybrid", num_layers=2),
-    "attention": small("attention_only"),  # without a window, so that the cache must hold everything
-}
-LENGTHS = (70, 66, 1)
+LENGTHS = (150, 66, 1)  # three pieces of 64, of which a row may see only padding
+SHORT = (40, 21, 1)  # so short that nothing is dispatched to slots, in pieces of 32 neither: quickly compiled
+DISPATCHED = ("mom", "hybrid")
+LOOSE = Sampling(temperature=3.0)
 
 
-@cache
-def prompts() -> tuple[jax.Array, jax.Array]:
-    """Ragged prompts, padded on the left with an id that is a real one elsewhere, and their mask."""
-    tokens = np.random.default_rng(0).integers(61, size=(len(LENGTHS), max(LENGTHS)), dtype=np.int32)
-    mask = np.arange(max(LENGTHS)) >= max(LENGTHS) - np.array(LENGTHS)[:, None]
-    return jnp.asarray(tokens), jnp.asarray(mask.astype(np.int32))
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(generation, "PIECES", (64,))
 
 
-def draw(kind: str, seed: int = 0, **settings) -> np.ndarray:
-    tokens, mask = prompts()
-    return np.asarray(
-        sample(model_of(CONFIGS[kind]), tokens, NEW, key=jax.random.key(seed), attention_mask=mask, **settings)
-    )
+def config_of(kind: str) -> ModelConfig:
+    """Of two layers, and with the ops that compile most quickly, but for one kind."""
+    return small(kind, num_layers=2, **({} if kind == "mom" else {"implementation": "reference"}))
 
 
-def next_logits(kind: str, drawn: np.ndarray) -> np.ndarray:
+def prompts(lengths=LENGTHS) -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(61, size=length).tolist() for length in lengths]
+
+
+def next_logits(kind: str, prompts, drawn) -> np.ndarray:
     """What the full forward pass over prompt and drawn tokens gives for each drawn token: [B, NEW, O]."""
-    tokens, mask = prompts()
-    tokens = jnp.concatenate([tokens, drawn[:, :-1]], axis=1)
-    mask = jnp.pad(mask, [(0, 0), (0, NEW - 1)], constant_values=1)
-    return np.asarray(model_of(CONFIGS[kind])(tokens, mask).logits)[:, -NEW:]
+    rows = [[*prompt, *row[:-1]] for prompt, row in zip(prompts, drawn, strict=True)]
+    length = max(map(len, rows))
+    tokens, mask = ([[fill] * (length - len(row)) + f(row) for row in rows] for fill, f in ((0, list), (0, ones)))
+    return np.asarray(model_of(config_of(kind))(jnp.array(tokens), jnp.array(mask)).logits)[:, -NEW:]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass(kind):
-    drawn = draw(kind, temperature=0.0)
-    assert drawn.shape == (len(LENGTHS), NEW) and drawn.dtype == np.int32
-    logits = next_logits(kind, drawn)
-    two_largest = np.sort(logits, axis=-1)[..., -2:]
-    assert np.diff(two_largest, axis=-1).min() > 1e-3  # so that rounding decides nothing
-    np.testing.assert_array_equal(drawn, np.argmax(logits, axis=-1))
+def ones(row):
+    return [1] * len(row)
 
 
-def test_padding_on_the_left_changes_nothing():
-    """The last prompt, of one token, alone: it never sees the dispatch."""
-    model, tokens = model_of(CONFIGS["mom"]), prompts()[0][2:, -1:]
-    alone = sample(model, tokens, NEW, key=jax.random.key(0), temperature=0.0)
-    np.testing.assert_array_equal(alone[0], draw("mom", temperature=0.0)[2])
+def ids(rows: list[Continuation]) -> list[list[int]]:
+    return [row.ids for row in rows]
 
 
-def test_draws_depend_on_the_key_only():
-    first = draw("mom", seed=3)
-    np.testing.assert_array_equal(first, draw("mom", seed=3))
-    assert (first != draw("mom", seed=4)).any()
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass(kind, monkeypatch):
+    """That all kinds are the same function with and without dispatch: tests/test_memory.py."""
+    lengths, piece = (LENGTHS, 64) if kind in DISPATCHED else (SHORT, 32)
+    monkeypatch.setattr(generation, "PIECES", (piece,))
+    texts = prompts(lengths)
+    drawn = generate(model_of(config_of(kind)), texts, max_new_tokens=NEW, sampling=GREEDY)
+    assert [(len(row.ids), row.ended, row.text) for row in drawn] == [(NEW, "length", None)] * len(texts)
+    logits = next_logits(kind, texts, ids(drawn))
+    assert np.diff(np.sort(logits, axis=-1)[..., -2:], axis=-1).min() > 1e-4  # so that rounding decides nothing
+    np.testing.assert_array_equal(ids(drawn), np.argmax(logits, axis=-1))
 
 
-def test_top_k_keeps_to_the_most_probable_tokens():
-    np.testing.assert_array_equal(draw("attention", temperature=5.0, top_k=1), draw("attention", temperature=0.0))
-    drawn = draw("attention", temperature=100.0, top_k=3)
-    logits = next_logits("attention", drawn)
-    rank = np.sum(logits > np.take_along_axis(logits, drawn[..., None], axis=-1), axis=-1)
-    assert set(rank.ravel()) == {0, 1, 2}
+def test_any_pieces_of_the_prompt_give_the_same_state(monkeypatch):
+    model = model_of(config_of("hybrid"))
+    rows = [np.array(prompt) for prompt in prompts()]
+    found = []
+    for pieces in ((64,), (128, 64)):
+        monkeypatch.setattr(generation, "PIECES", pieces)
+        found.append(prefill(model.config, nnx.to_pure_dict(nnx.state(model)), rows, None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *found)
 
 
-def test_draws_follow_the_softmax_of_the_logits():
+def test_the_pieces_of_a_prompt_are_the_largest_and_then_binary_digits():
+    assert piece_sizes(64) == [64]
+    assert piece_sizes(3 * 2048 + 1024 + 192) == [2048, 2048, 2048, 1024, 128, 64]
+    for total in range(64, 6000, 64):
+        sizes = piece_sizes(total)
+        assert sum(sizes) == total and len(sizes) <= total // 2048 + 5
+
+
+def test_no_length_is_compiled_in(small_pieces, caplog):
+    """Longer prompts, other numbers of new tokens, values of settings, seeds, stop tokens and a callback: one program."""
+    model = inference_model(model_of(small()))
+
+    def call(length, new, temperature, **settings):
+        rows = [[1] * length, [2] * (length // 2), [3]]
+        return generate(model, rows, max_new_tokens=new, sampling=Sampling(temperature), **settings)
+
+    call(64, 1, 1.0)
+    programs = generation._decode._cache_size(), generation._prefill_piece._cache_size()
+    with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
+        for length, new, temperature in ((2, 64, 0.5), (300, 33, 2.0), (129, 2, 1.0)):
+            call(length, new, temperature, seed=new, stop_ids=[new // 2])
+        call(65, 20, 1.0, callback=lambda new: None, block=3, max_length=999)
+    assert [record.message for record in caplog.records if "ompil" in record.message] == []
+    assert programs == (generation._decode._cache_size(), generation._prefill_piece._cache_size())
+    call(64, 65, 1.0)  # beyond the buffer: one more program
+    assert generation._decode._cache_size() == programs[0] + 1
+
+
+def test_the_size_of_the_state_depends_on_no_length(small_pieces):
+    model = model_of(small())
+    params = nnx.to_pure_dict(nnx.state(model))
+    states = [prefill(model.config, params, [np.ones(length, np.int32)] * 3, None)[0] for length in (3, 150)]
+    assert jax.tree.map(np.shape, states[0]) == jax.tree.map(np.shape, states[1])
+
+
+def test_a_row_ends_at_its_stop_token_and_the_loop_with_the_last_row(small_pieces, monkeypatch):
+    model, counts, decode = model_of(small()), [], generation._decode
+
+    def counting(*args):
+        decoding = decode(*args)
+        counts.append(int(decoding.count))
+        return decoding
+
+    monkeypatch.setattr(generation, "_decode", counting)
+    full = ids(generate(model, prompts(), max_new_tokens=20, sampling=LOOSE))
+    stops = [row[place] for row, place in zip(full, (2, 5, 3), strict=True)]
+    places = [min(row.index(stop) for stop in stops if stop in row) for row in full]
+    found = generate(model, prompts(), max_new_tokens=20, sampling=LOOSE, stop_ids=stops)
+    assert found == [Continuation(row[:place], "stop", None) for row, place in zip(full, places, strict=True)]
+    assert counts == [20, max(places) + 1]
+    one = generate(model, prompts(), max_new_tokens=20, sampling=LOOSE, stop_ids=[full[0][0]])
+    assert one[0] == Continuation([], "stop", None)
+
+
+def test_a_seed_gives_a_prompt_the_same_tokens_wherever_it_stands(small_pieces):
+    model = model_of(small())
+    seeds = [7, 8, 9]
+    first = ids(generate(model, prompts(), max_new_tokens=NEW, sampling=LOOSE, seed=7))
+    assert first == ids(generate(model, prompts(), max_new_tokens=NEW, sampling=LOOSE, seed=seeds))
+    turned = generate(model, prompts()[::-1], max_new_tokens=NEW, sampling=LOOSE, seed=seeds[::-1])
+    assert first == ids(turned)[::-1]
+    other = ids(generate(model, prompts(), max_new_tokens=NEW, sampling=LOOSE, seed=10))
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    same = ids(generate(model, [prompts()[1]] * 3, max_new_tokens=NEW, sampling=LOOSE, seed=[7, 7, 8]))
+    assert same[0] == same[1] != same[2]
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_what_the_callback_gets_adds_up_to_the_result(block, small_pieces):
+    model, blocks = model_of(small()), []
+    stops = ids(generate(model, prompts(), max_new_tokens=20, sampling=LOOSE))[1][8:9]
+    settings = dict(max_new_tokens=20, sampling=LOOSE, stop_ids=stops)
+    rows = generate(model, prompts(), **settings, callback=blocks.append, block=block)
+    assert rows == generate(model, prompts(), **settings)
+    assert [sum(parts, []) for parts in zip(*blocks, strict=True)] == ids(rows)
+    assert len(blocks) == -(-20 // block) and all(len(row) <= block for new in blocks for row in new)
+
+
+def test_draws_follow_the_softmax_of_the_logits(monkeypatch):
     """The first token after one prompt, drawn 4,000 times in one batch."""
+    monkeypatch.setattr(generation, "PIECES", (4,))
     model = model_of(small("attention_only"))
-    tokens = jnp.tile(jnp.array([[3, 1, 4]]), (4000, 1))
-    drawn = sample(model, tokens, 1, key=jax.random.key(0), temperature=2.0)
-    expected = jax.nn.softmax(model(tokens[:1]).logits[0, -1] / 2.0)
-    found = np.bincount(np.asarray(drawn)[:, 0], minlength=61) / 4000
+    drawn = generate(model, [[3, 1, 4]] * 4000, max_new_tokens=1, sampling=Sampling(2.0), max_length=4)
+    expected = jax.nn.softmax(model(jnp.array([[3, 1, 4]])).logits[0, -1] / 2.0)
+    found = np.bincount(np.ravel(ids(drawn)), minlength=61) / 4000
     np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 4000))
 
 
-PADDED_RIGHT = jnp.array([[1, 1, 1], [1, 1, 0]])
+def test_the_repetition_penalty_is_for_prompt_and_new_tokens(small_pieces):
+    sampling = Sampling(0.0, repetition_penalty=5.0)
+    rows = ids(generate(model_of(small()), prompts(SHORT), max_new_tokens=NEW, sampling=sampling))
+    seen = np.zeros((len(SHORT), NEW, 61), bool)
+    for row, (prompt, new) in enumerate(zip(prompts(SHORT), rows, strict=True)):
+        for n in range(NEW):
+            seen[row, n, prompt + new[:n]] = True
+    logits = next_logits("mom", prompts(SHORT), rows)
+    penalized = np.argmax(np.where(seen, np.where(logits < 0, logits * 5, logits / 5), logits), axis=-1)
+    np.testing.assert_array_equal(rows, penalized)
+    assert (penalized != np.argmax(logits, axis=-1)).any()
+
+
+def test_weights_of_products_are_in_the_compute_type():
+    """That this changes nothing in the layers: tests/test_training.py."""
+    model = model_of(small("hybrid", dtype="bfloat16"))
+    cast = inference_model(model)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(nnx.state(m))) for m in (model, cast)]
+    assert 0.5 < sizes[1] / sizes[0] < 0.6
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 32)), jnp.bfloat16)
+    np.testing.assert_array_equal(model.logits(hidden), cast.logits(hidden))
+    assert cast.embedding.dtype == cast.head.dtype == jnp.bfloat16
+    assert inference_model(cast).embedding[...] is cast.embedding[...]
+
+
+# Text
+
+
+class PrefixTokenizer(ByteTokenizer):
+    """Begins documents with an id, and drops a space that begins a text, as tokenizers of whole words do."""
+
+    bos_id = 0
+
+    def decode(self, ids):
+        return super().decode([token for token in ids if token]).removeprefix(" ")
+
+
+def test_text_goes_in_and_comes_out():
+    model = model_of(small("attention_only", vocab_size=257))
+    tokenizer = ByteTokenizer()
+    prompt = "To be, or not"
+    by_text = generate(model, [prompt, ""], max_new_tokens=NEW, sampling=LOOSE, tokenizer=tokenizer)
+    by_ids = generate(model, [list(prompt.encode()), [256]], max_new_tokens=NEW, sampling=LOOSE)
+    assert ids(by_text) == ids(by_ids)
+    assert by_text[0].text == new_text(tokenizer, list(prompt.encode()), by_text[0].ids)
+    with_bos = generate(model, [prompt, ""], max_new_tokens=NEW, sampling=LOOSE, tokenizer=PrefixTokenizer())
+    assert ids(with_bos) == ids(
+        generate(model, [[0, *prompt.encode()], [0]], max_new_tokens=NEW, sampling=LOOSE)
+    )  # fmt: skip
+
+
+def test_new_text_is_what_the_new_tokens_add():
+    assert new_text(PrefixTokenizer(), b"the end", b" of") == " of"
+    assert new_text(PrefixTokenizer(), [0], b" of") == "of"
+    assert new_text(ByteTokenizer(), "aé".encode()[:-1], "é".encode()[1:] + b"b") == "éb"
+    assert new_text(ByteTokenizer(), "é".encode() * 40, b"b") == "b"
+    assert new_text(ByteTokenizer(), b"a", [98, 256, 257, 99]) == "bc"  # a model's vocabulary may be larger
+
+
+# Refusals
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"num_tokens": 0}, "num_tokens = 0 is not allowed: it must be positive"),
-        ({"temperature": -0.1}, "temperature = -0.1 is not allowed: it must be >= 0"),
-        ({"top_k": 0}, "top_k = 0 is not allowed: None, or from 1 to vocab_size = 61"),
-        ({"top_k": 62}, "top_k = 62 is not allowed"),
-        ({"tokens": jnp.full((2, 3), 61)}, r"a token id = \[61\] is not allowed: ids run from 0 to .* = 60"),
-        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, r"the shape of tokens = \(2, 0\) is not allowed"),
-        ({"attention_mask": jnp.ones((2, 4))}, r"the shape of attention_mask = \(2, 4\) is not allowed"),
-        ({"attention_mask": PADDED_RIGHT}, r"the last column of attention_mask = \[1, 0\] is .* pad on the left"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0 is not allowed: it must be a positive integer"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens = 2.0 is not allowed"),
+        ({"block": 0}, "block = 0 is not allowed: it must be a positive integer"),
+        ({"max_length": 0}, "max_length = 0 is not allowed: None or positive"),
+        ({"prompts": []}, r"prompts = \[\] is not allowed: it must be a list of at least one prompt"),
+        ({"prompts": "text"}, "prompts = 'text' is not allowed: it must be a list of"),
+        ({"prompts": [[1], "text"]}, r"prompts\[1\] = 'text' is not allowed: text needs a tokenizer"),
+        ({"prompts": [[1], []]}, r"prompts\[1\] = \[\] is not allowed: it must have at least one token"),
+        ({"prompts": [[61]]}, r"a token id in prompts\[0\] = \[61\] is not allowed: token ids run from 0 to .* = 60"),
+        ({"prompts": [[1], [-1]]}, r"a token id in prompts\[1\] = \[-1\] is not allowed"),
+        ({"prompts": [[1.0]]}, r"prompts\[0\] = 'float64\[1\]' is not allowed: it must be a list of integers"),
+        ({"prompts": [[[1]]]}, r"prompts\[0\] = 'int64\[1, 1\]' is not allowed: it must be a list of integers"),
+        ({"prompts": [1, 2]}, r"prompts\[0\] = 'int64\[\]' is not allowed: it must be a list of integers"),
+        ({"stop_ids": [61]}, r"a token id in stop_ids = \[61\] is not allowed: token ids run from 0 to .* = 60"),
+        ({"stop_ids": ["."]}, r"stop_ids = '<U1\[1\]' is not allowed: it must be a list of integers"),
+        ({"seed": -1}, r"seed = -1 is not allowed: integers from 0 to 2\^32 - 1"),
+        ({"seed": 1.5}, r"seed = 1.5 is not allowed: integers from 0"),
+        ({"seed": [1, 2]}, "the number of seeds = 2 is not allowed: one for each of the 1 prompts, or one integer"),
+        ({"sampling": Sampling(top_k=62)}, "Sampling.top_k = 62 is not allowed: None, or from 1 to vocab_size = 61"),
+        (
+            {"prompts": [[1], [1] * 100], "max_new_tokens": 61},
+            r"\(tokens of the longest prompt, max_new_tokens\) = \(100, 61\) is not allowed: "
+            "together at most max_length = 160, which is what the attention layers' caches hold",
+        ),
+        ({"max_length": 3, "max_new_tokens": 3}, r"= \(1, 3\) is not allowed: together at most max_length = 3"),
     ],
 )
-def test_what_is_not_allowed_is_refused_by_name(unchecked_shapes, settings, message):
-    settings = {"tokens": jnp.zeros((2, 3), jnp.int32), "num_tokens": 1} | settings
+def test_what_is_not_allowed_is_refused_by_name_before_any_compute(unchecked_shapes, monkeypatch, settings, message):
+    monkeypatch.setattr(generation, "prefill", None)
+    settings = {"prompts": [[1]], "max_new_tokens": 1} | settings
     with pytest.raises(ValueError, match=message):
-        sample(model_of(CONFIGS["mom"]), **settings, key=jax.random.key(0))
+        generate(model_of(config_of("full_attention_hybrid")), settings.pop("prompts"), **settings)
+
+
+def test_layers_with_a_bounded_state_have_no_limit(small_pieces):
+    for kind in ("mom", "hybrid"):
+        assert len(generate(model_of(config_of(kind)), prompts(), max_new_tokens=20, sampling=LOOSE)[0].ids) == 20

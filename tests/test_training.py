@@ -32,12 +32,12 @@ from mom_jax.checkpoint import Checkpoints, load_params
 from mom_jax.config import AttentionConfig, MeshConfig, ModelConfig, TrainConfig
 from mom_jax.config_io import to_dict
 from mom_jax.fit import Fitted, fit
+from mom_jax.layers import cast_weights
 from mom_jax.model import bind, init_params
 from mom_jax.reports import read_metrics
 from mom_jax.sharding import leaf_name, make_mesh, use_mesh
 from mom_jax.training import (
     abstract_state,
-    cast_weights,
     cross_entropy,
     evaluate,
     learning_rate_schedule,

@@ -1,0 +1,219 @@
+"""Continue prompts with a trained model: on the terminal as the tokens come, or a whole file of them in batches.
+
+    python experiments/generate.py --run runs/shakespeare --prompt "To be, or not" --sampling.temperature 0.8
+    python experiments/generate.py --model HUGGING_FACE_DIRECTORY --prompt-file story.txt --max-new-tokens 1000
+    python experiments/generate.py --run runs/mine --batch-file prompts.jsonl --output continued.jsonl --batch-size 32
+
+--run is a directory that experiments/train_lm.py wrote; --model one in the official Hugging Face layout, tokenizer.json too.
+Without --prompt, --prompt-file and --batch-file the prompt is read from the standard input. A batch file has a prompt in
+each line, or, if its name ends in .jsonl, {"prompt": ...}; each line of the output is {"index", "prompt", "text", "ids",
+"ended"}, the index being the line's number from 0, in no certain order. The same command continues an output that was
+interrupted: what is in it is not generated again.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from cli import run
+from tqdm import tqdm
+
+from mom_jax.config import require
+from mom_jax.config_io import save_config, to_dict
+from mom_jax.generation import generate, inference_model, new_text, prompt_ids
+from mom_jax.hf import load_pretrained
+from mom_jax.model import MoMLanguageModel
+from mom_jax.runs import load_run
+from mom_jax.sampling import Sampling
+from mom_jax.token_files import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer, read_tokenizer_file
+
+PLACES = ("batch_file", "output", "batch_size")
+"""Settings that may differ when an output is continued: the prompts themselves are compared."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """What to continue with what."""
+
+    run: str | None = None
+    """Directory of a training run."""
+    best: bool = False
+    """Of a run: the checkpoint of lowest held-out loss instead of the newest one."""
+    model: str | None = None
+    """Directory in the Hugging Face layout, instead of a run."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute type; None: the model's own."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text to continue; may be given several times."""
+    prompt_file: str | None = None
+    """UTF-8 file to continue; a line end at its end is left out."""
+    echo: bool = True
+    """Whether to print each prompt before its continuation."""
+    batch_file: str | None = None
+    """File of prompts, a line each; needs an output."""
+    output: str | None = None
+    """JSONL file for the continuations of the batch file; the settings go beside it, as OUTPUT.config.json."""
+    batch_size: int = 16
+    """Prompts of the batch file at a time."""
+    max_new_tokens: int = 200
+    """Tokens after which a continuation ends."""
+    max_length: int | None = None
+    """Tokens of prompt and continuation that full-attention layers can hold; None: the model's max_length."""
+    seed: int = 0
+    """Seed of the first prompt; prompt i has seed + i."""
+    stop: tuple[int, ...] = ()
+    """Token ids that end a continuation."""
+    stop_at_eos: bool = True
+    """Whether the tokenizer's id that ends a document also ends a continuation."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self):
+        require((self.run is None) != (self.model is None), "run", self.run, "give either --run or --model")
+        require(not self.best or self.run is not None, "best", self.best, "only a --run has checkpoints to choose from")
+        prompts = [name for name in ("prompt", "prompt_file", "batch_file") if getattr(self, name)]
+        for name in prompts[1:]:
+            require(False, name, getattr(self, name), f"there is already --{prompts[0].replace('_', '-')}")
+        for name, other in (("batch_file", "output"), ("output", "batch_file")):
+            needs = getattr(self, name) is not None and getattr(self, other) is None
+            require(not needs, name, getattr(self, name), f"it needs --{other.replace('_', '-')}")
+        for name in ("batch_size", "max_new_tokens"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "it must be a positive integer")
+
+
+def load(config: Generate) -> tuple[MoMLanguageModel, Tokenizer]:
+    """The model, ready for inference, and its tokenizer."""
+    overrides = {} if config.dtype is None else {"dtype": config.dtype}
+    if config.run is not None:
+        loaded = load_run(config.run, best=config.best, **overrides)
+        return inference_model(loaded.model), loaded.tokenizer
+    model = inference_model(load_pretrained(config.model, **overrides))
+    tokenizer = read_tokenizer_file(Path(config.model) / TOKENIZER_FILE)
+    # What the file itself puts before a text tells whether the model knows documents to begin so.
+    begins = model.config.bos_token_id in tokenizer.encode("").ids
+    bos_id, eos_id = model.config.bos_token_id if begins else None, model.config.eos_token_id
+    require(eos_id is not None, "eos_token_id", eos_id, f"{config.model}/config.json must name it")
+    tokenizer = HuggingFaceTokenizer(tokenizer, eos_id, bos_id)
+    needed, vocab_size = tokenizer.vocab_size, model.config.vocab_size
+    require(needed <= vocab_size, "the model's vocab_size", vocab_size, f"its {TOKENIZER_FILE} needs {needed}")
+    return model, tokenizer
+
+
+def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None]) -> Callable[..., None]:
+    """A callback that writes the new text of a row; what may be half a character waits for the rest, or for ``is_last``."""
+    context, ids, written = tokenizer.encode(prompt), [], ""
+
+    def more(new: list[list[int]], is_last: bool = False) -> None:
+        nonlocal written
+        ids.extend(*new)
+        text = new_text(tokenizer, context, ids)
+        text = text if is_last else text.rstrip("\ufffd")
+        write(text[len(written) :])
+        written = text
+
+    return more
+
+
+def stream(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
+    prompts = list(config.prompt)
+    if not prompts:
+        text = Path(config.prompt_file).read_text(encoding="utf-8") if config.prompt_file else sys.stdin.read()
+        prompts = [text.removesuffix("\n")]
+
+    def write(text):
+        print(text, end="", flush=True)
+
+    for index, prompt in enumerate(prompts):
+        write(("\n" + "-" * 80 + "\n" if index else "") + (prompt if config.echo else ""))
+        more = printer(tokenizer, prompt, write)
+        generate(model, [prompt], seed=config.seed + index, callback=more, block=4, tokenizer=tokenizer, **settings)
+        more([[]], is_last=True)
+        write("\n")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a batch file; ``ValueError`` naming the line that has none."""
+    text = path.read_text(encoding="utf-8")
+    require(text != "", "batch_file", str(path), "it must have at least one line")
+    lines = text.removesuffix("\n").split("\n")
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, KeyError, TypeError):
+            prompts.append(None)
+        require(isinstance(prompts[-1], str), f"{path}, line {number}", line[:80], 'it must be {"prompt": "text"}')
+    return prompts
+
+
+def read_done(config: Generate, prompts: list[str]) -> set[int]:
+    """Indices of the prompts that the output already continues; half a line at its end, left by a kill, is cut off."""
+    output, settings = Path(config.output), Path(f"{config.output}.config.json")
+    if not output.exists():
+        save_config(settings, config)
+        output.touch()
+    require(settings.is_file(), "output", config.output, f"it exists without {settings.name}: choose another file")
+    former = json.loads(settings.read_text(encoding="utf-8"))
+    differ = [name for name, value in to_dict(config).items() if name not in PLACES and former.get(name) != value]
+    allowed = f"it holds continuations of other settings ({', '.join(differ)}): choose another file, or delete it"
+    require(not differ, "output", config.output, allowed)
+    *lines, torn = output.read_bytes().split(b"\n")
+    os.truncate(output, output.stat().st_size - len(torn))
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        same = record["index"] < len(prompts) and prompts[record["index"]] == record["prompt"]
+        require(same, "output", config.output, f"its prompt {record['index']} is not that of {config.batch_file}")
+    return {record["index"] for record in records}
+
+
+def run_batches(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
+    prompts = read_prompts(Path(config.batch_file))
+    ids = [prompt_ids(model.config, text, f"prompt {i} of the file", tokenizer) for i, text in enumerate(prompts)]
+    done = read_done(config, prompts)
+    # The longest first: what does not fit is found at once.
+    by_length = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
+    # Batches are cut from the whole file: so an interrupted output is continued in the same ones.
+    batches = [by_length[begin : begin + config.batch_size] for begin in range(0, len(prompts), config.batch_size)]
+    tokens = 0
+    with (
+        open(config.output, "a", encoding="utf-8") as file,
+        tqdm(total=len(prompts), initial=len(done), unit=" prompts") as bar,
+    ):
+        for batch in batches:
+            missing = [index for index in batch if index not in done]
+            if not missing:
+                continue
+            # The last batch is filled up, so that nothing is compiled for it.
+            rows = batch + batch[-1:] * (config.batch_size - len(batch)) * (len(batches) > 1)
+            found = generate(
+                model, [ids[row] for row in rows], seed=[config.seed + row for row in rows], tokenizer=tokenizer, **settings
+            )  # fmt: skip
+            results = {row: result for row, result in zip(batch, found, strict=False) if row in missing}
+            for index, result in results.items():
+                record = {"index": index, "prompt": prompts[index], "text": result.text}
+                file.write(json.dumps(record | {"ids": result.ids, "ended": result.ended}, ensure_ascii=False) + "\n")
+            file.flush()
+            tokens += sum(len(result.ids) for result in results.values())
+            bar.update(len(missing))
+            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+
+
+def main(config: Generate) -> None:
+    model, tokenizer = load(config)
+    eos = (tokenizer.eos_id,) if config.stop_at_eos else ()
+    settings = {
+        "max_new_tokens": config.max_new_tokens, "max_length": config.max_length, "sampling": config.sampling,
+        "stop_ids": (*config.stop, *eos),
+    }  # fmt: skip
+    work = stream if config.batch_file is None else run_batches
+    work(config, model, tokenizer, settings)
+
+
+if __name__ == "__main__":
+    run(Generate, main, __doc__)
