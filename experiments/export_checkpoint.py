@@ -9,8 +9,8 @@ MomForCausalLM.from_pretrained of flash-linear-attention loads, or GatedDeltaNet
 --model-type gated_deltanet; its router, which decides nothing, is left out. The tokenizer comes along as transformers'
 PreTrainedTokenizerFast; that of byte models, which has no file, as an equal byte-level tokenizer.json.
 
-The output appears when it is whole, with SHA-256 checksums, which every reading verifies. One array of the model at a time is
-in memory. mom_jax.load, evaluate.py and this program read both outputs.
+The output appears when it is whole, with SHA-256 checksums, which every reading verifies. No more of the model is held in
+memory at once than a few times its largest array. mom_jax.load, evaluate.py and this program read both outputs.
 """
 
 from dataclasses import dataclass

@@ -4,11 +4,11 @@
 
 --input is a directory with config.json (model_type mom or gated_deltanet) and safetensors, tied or untied, in float32,
 bfloat16 or float16 (kept as float32); download it first. A gated_deltanet model becomes one with a single memory. Tokenizer
-files and generation_config.json come along. What the model has and we do not is refused by name: grouped value heads, negative
-eigenvalues, attention biases. export_checkpoint.py writes the same tensors again, to the bit.
+files and generation_config.json come along. What the model has and we do not is refused by name: grouped value heads,
+negative eigenvalues, attention biases. export_checkpoint.py writes the same tensors again, to the bit.
 
-If the directory has a checksums.json, as those of export_checkpoint.py, it is verified. The output appears when it is whole,
-with checksums. One array of the model at a time is in memory. mom_jax.load and evaluate.py read the output.
+A checksums.json in the directory, as export_checkpoint.py writes it, is verified. The output appears when it is whole, with
+checksums. mom_jax.load, evaluate.py and export_checkpoint.py read it.
 """
 
 from dataclasses import dataclass

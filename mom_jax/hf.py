@@ -26,7 +26,7 @@ from mom_jax.files import CHECKSUMS, fsync, read_json, verify_checksums, write_j
 from mom_jax.hf_config import from_official, to_official
 from mom_jax.hf_layout import TENSORS, Place, places
 from mom_jax.model import MoMLanguageModel
-from mom_jax.weights import Weights, shapes_of, to_model, weights_of
+from mom_jax.weights import Weights, cut, shapes_of, to_model, weights_of
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD, SHARDS = "model-{:05}-of-{:05}.safetensors", "model-?????-of-?????.safetensors"
@@ -70,7 +70,7 @@ def open_pretrained(directory: str | os.PathLike, dtype: str | None = None, **ov
     model_type, shapes = official["model_type"], shapes_of(config)
     params = {name: x for name, x in shapes.items() if name.startswith("params.")}
     where = places(config, params, model_type)
-    tensors = _open_tensors(directory)
+    tensors, files = _open_tensors(directory)
     _check_tensors(directory, tensors, where, model_type)
 
     tensors_of, types = {name: [] for name in shapes}, {name: set() for name in shapes}
@@ -84,7 +84,8 @@ def open_pretrained(directory: str | os.PathLike, dtype: str | None = None, **ov
 
     def parts(array: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         for name in tensors_of[array]:
-            tensor = tensors[name].get_tensor(name).astype(shapes[array].dtype)
+            # Opened anew for each: what was read of a file counts as memory for as long as it is open.
+            tensor = _open(files[name]).get_tensor(name).astype(shapes[array].dtype)
             yield where[name].index, where[name].ours(tensor, shapes[array].shape)
 
     return Weights(config, shapes, parts), model_type
@@ -134,7 +135,7 @@ def prepare_tensors(weights: Weights, dtype: str | None, max_shard_bytes: float,
     where = places(weights.config, arrays, model_type)
     types = {name: jnp.dtype(dtype or weights.shapes[place.array].dtype) for name, place in where.items()}
     sizes = {name: prod(place.shape) * types[name].itemsize for name, place in where.items()}
-    groups = _cut(sizes, max_shard_bytes)
+    groups = cut(sizes, max_shard_bytes)
     files = [SHARD.format(i + 1, len(groups)) for i in range(len(groups))] if len(groups) > 1 else [WEIGHTS]
     held = {}  # the array whose tensors are being written, and its name
 
@@ -158,18 +159,6 @@ def prepare_tensors(weights: Weights, dtype: str | None, max_shard_bytes: float,
     return write
 
 
-def _cut(sizes: dict[str, int], limit: float) -> list[list[str]]:
-    """The names in order, in groups that add up to ``limit`` at most, or of one that is larger."""
-    groups, room = [], 0
-    for name, size in sizes.items():
-        if not groups or size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    return groups
-
-
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if (directory / "checkpoints").is_dir():
@@ -181,8 +170,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _open_tensors(directory: Path) -> dict[str, Any]:
-    """For every tensor the open file that holds it."""
+def _open_tensors(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """For every tensor the file that holds it, opened, and its path."""
     index = directory / INDEX
     if (directory / WEIGHTS).exists():
         weight_map = dict.fromkeys(_open(directory / WEIGHTS).keys(), WEIGHTS)
@@ -195,7 +184,8 @@ def _open_tensors(directory: Path) -> dict[str, Any]:
     held = {(name, file) for file, handle in handles.items() for name in handle.keys()}
     wrong = sorted({name for name, _ in held ^ weight_map.items()})
     require(not wrong, f"{index}: weight_map", wrong, "these tensors are not in the files that it says")
-    return {name: handles[file] for name, file in weight_map.items()}
+    paths = {name: directory / file for name, file in weight_map.items()}
+    return {name: handles[file] for name, file in weight_map.items()}, paths
 
 
 def _open(path: Path) -> Any:

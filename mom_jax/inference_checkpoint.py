@@ -6,8 +6,8 @@
     DIRECTORY/generation_config.json  transformers': at least the ids that begin and end a text
     DIRECTORY/checksums.json          SHA-256 of every file
 
-Parameters are float32 or bfloat16, router biases (``variables``; only with ``router_bias_rate``) always float32: their steps
-of 0.001 would be lost in bfloat16. Arrays are written and read one at a time, each whole: layers are stacked in it.
+Parameters are float32 or bfloat16. Router biases (``variables``; only with ``router_bias_rate``) are always float32, because
+their steps of 0.001 would be lost in bfloat16. Layers are stacked, as in the model; no more than the largest array is held.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,10 @@ from orbax.checkpoint.experimental import v1 as orbax_v1
 from mom_jax.config import ModelConfig, require
 from mom_jax.config_io import from_dict, to_dict
 from mom_jax.files import read_json, verify_checksums, write_json
-from mom_jax.weights import Part, Weights, by_name, require_shapes, to_tree
+from mom_jax.weights import Part, Weights, by_name, cut, require_shapes, to_tree
 
 CONFIG, WEIGHTS, STATE = "config.json", "weights", "state"
+CHUNK_BYTES = 1 << 24  # what Orbax compresses and reads as one piece
 FORMAT, VERSION = "mom_jax inference checkpoint", 1
 
 
@@ -40,12 +41,20 @@ def write_weights(weights: Weights, directory: Path, dtype: str | None, model_ty
       dtype: of the parameters; None: each keeps the type that it has.
       model_type: the official one, for a later export.
     """
-    for name in weights.shapes:
-        array = np.asarray(weights.read(name))
-        if dtype is not None and name.startswith("params."):
-            array = array.astype(jnp.dtype(dtype))
-        orbax_v1.partial.save(directory / WEIGHTS, to_tree({name: array}))
-    orbax_v1.partial.finalize(directory / WEIGHTS)
+
+    def array(name: str) -> np.ndarray:
+        kept = weights.shapes[name].dtype if dtype is None or name.startswith("variables.") else jnp.dtype(dtype)
+        return np.asarray(weights.read(name)).astype(kept, copy=False)
+
+    # Every call of Orbax costs a tenth of a second, so small arrays go together, up to the size of the largest.
+    sizes = {name: x.size * x.dtype.itemsize for name, x in weights.shapes.items()}
+    path = (directory / WEIGHTS).absolute()  # Orbax takes no others
+    context = orbax_v1.Context()
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    with context:
+        for names in cut(sizes, max(sizes.values())):
+            orbax_v1.partial.save(path, to_tree({name: array(name) for name in names}))
+        orbax_v1.partial.finalize(path)
     values = {"format": FORMAT, "version": VERSION, "model_type": model_type, "model": to_dict(weights.config)}
     write_json(directory / CONFIG, values)
 
@@ -68,8 +77,8 @@ def open_state(path: Path, config: ModelConfig) -> Weights:
 
     Raises ``ValueError`` listing every array that is not one of a model of ``config``.
     """
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(epath.Path(path)).tree
+    handler, path = ocp.PyTreeCheckpointHandler(), epath.Path(path).absolute()
+    tree = handler.metadata(path).tree
     stored = by_name({part: tree[part] for part in ("params", "variables") if part in tree})
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in stored.items()}
     require_shapes(path, shapes, config)
@@ -78,7 +87,7 @@ def open_state(path: Path, config: ModelConfig) -> Weights:
         item = to_tree({name: shapes[name]})
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-        (array,) = jax.tree.leaves(handler.restore(epath.Path(path), args=args))
+        (array,) = jax.tree.leaves(handler.restore(path, args=args))
         yield (), array
 
     return Weights(config, shapes, parts)

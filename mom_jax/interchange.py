@@ -9,7 +9,7 @@ Hugging Face           hf.py, hf_config.py          from, to
 =====================  ===========================  =========
 
 What is written has a checksums.json with the SHA-256 of every file, which is verified when it is read, and appears under its
-name only when all is there. One array of the model at a time is in memory.
+name only when all is there. No more of the model is held at once than the size of its largest array.
 """
 
 import dataclasses

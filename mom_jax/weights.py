@@ -50,14 +50,18 @@ def weights_of(model: MoMLanguageModel) -> Weights:
 
 def to_model(weights: Weights) -> MoMLanguageModel:
     """The model with these weights, float32. Beside it only one piece at a time is in memory."""
-    arrays = {}
-    for name, x in weights.shapes.items():
-        arrays[name] = jnp.zeros(x.shape, jnp.float32)
-        for index, part in weights.parts(name):
-            part = part.astype(np.float32)
-            arrays[name] = jnp.asarray(part) if index == () else _put(arrays[name], part, index)
-    tree = to_tree(arrays)
+    tree = to_tree({name: _on_device(x.shape, weights.parts(name)) for name, x in weights.shapes.items()})
     return bind(weights.config, tree["params"], tree.get("variables", {}))
+
+
+def _on_device(shape: tuple[int, ...], parts: Iterable[Part]) -> jax.Array:
+    whole = None
+    for index, part in parts:
+        part = part.astype(np.float32, copy=False)
+        if index == ():
+            return jnp.asarray(part)
+        whole = _put(jnp.zeros(shape, jnp.float32) if whole is None else whole, part, index)
+    return jnp.zeros(shape, jnp.float32) if whole is None else whole
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -83,6 +87,18 @@ def require_shapes(source: Any, found: dict[str, jax.ShapeDtypeStruct], config: 
     ]
     if problems:
         raise ValueError(f"the arrays in {source} do not fit its config:" + "".join(problems))
+
+
+def cut(sizes: dict[str, int], limit: float) -> list[list[str]]:
+    """The names in order, in groups that add up to ``limit`` at most, or of one that is larger."""
+    groups, room = [], 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def by_name(tree: Any) -> dict[str, Any]:
