@@ -26,7 +26,6 @@ from mom_jax.files import read_json, verify_checksums, write_json
 from mom_jax.weights import Part, Weights, by_name, cut, require_shapes, to_tree
 
 CONFIG, WEIGHTS, STATE = "config.json", "weights", "state"
-CHUNK_BYTES = 1 << 24  # what Orbax compresses and reads as one piece
 FORMAT, VERSION = "mom_jax inference checkpoint", 1
 
 
@@ -49,12 +48,9 @@ def write_weights(weights: Weights, directory: Path, dtype: str | None, model_ty
     # Every call of Orbax costs a tenth of a second, so small arrays go together, up to the size of the largest.
     sizes = {name: x.size * x.dtype.itemsize for name, x in weights.shapes.items()}
     path = (directory / WEIGHTS).absolute()  # Orbax takes no others
-    context = orbax_v1.Context()
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    with context:
-        for names in cut(sizes, max(sizes.values())):
-            orbax_v1.partial.save(path, to_tree({name: array(name) for name in names}))
-        orbax_v1.partial.finalize(path)
+    for names in cut(sizes, max(sizes.values())):
+        orbax_v1.partial.save(path, to_tree({name: array(name) for name in names}))
+    orbax_v1.partial.finalize(path)
     values = {"format": FORMAT, "version": VERSION, "model_type": model_type, "model": to_dict(weights.config)}
     write_json(directory / CONFIG, values)
 
