@@ -3,11 +3,12 @@
     python experiments/evaluate.py --run runs/shakespeare
     python experiments/evaluate.py --run HUGGING_FACE_DIRECTORY --data.path data/shakespeare --data.sequence-length 2048
 
---run is a directory that experiments/train_lm.py wrote or one in the official Hugging Face layout (with config.json and
-safetensors). A run is evaluated on its own data, in rows of its own length, unless the data flags say otherwise; text that
-another tokenizer encoded is refused. Which tokenizer belongs to a Hugging Face model is not known here: encode the text with
-that model's (prepare_text.py --tokenizer FILE). Prints a table and, with --output, writes the same as JSON. The held-out
-file of data/shakespeare takes about a minute on two cores.
+--run is a directory that experiments/train_lm.py, export_checkpoint.py or import_checkpoint.py wrote, or one in the official
+Hugging Face layout (with config.json and safetensors). A run is evaluated on its own data, in rows of its own length, unless
+the data flags say otherwise; everything else needs --data.path. Text that another tokenizer encoded is refused for a run and
+its inference checkpoint. Which tokenizer belongs to a Hugging Face model is not known here: encode the text with that of the
+model (prepare_text.py --tokenizer FILE). Prints a table and, with --output, writes the same as JSON. The held-out file of
+data/shakespeare takes about a minute on two cores.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ import numpy as np
 from cli import run
 from tqdm import tqdm
 
+import mom_jax
 from mom_jax.config import DataConfig, ModelConfig, require
 from mom_jax.data import make_dataset
-from mom_jax.hf import load_pretrained
 from mom_jax.model import MoMLanguageModel, bind, split_params
 from mom_jax.runs import CHECKPOINTS, DESCRIPTION, TOKENIZER, load_run
 from mom_jax.token_files import TokenFile, require_same_tokenizer
@@ -51,7 +52,7 @@ class Evaluate:
     """What to evaluate on what."""
 
     run: str
-    """Directory of a training run, or in the Hugging Face layout."""
+    """Directory of a training run or an inference checkpoint, or in the Hugging Face layout."""
     checkpoint: Literal["last", "best"] = "last"
     """Of a run: the newest whole checkpoint, or the one of lowest held-out loss."""
     data: EvaluationData = field(default_factory=EvaluationData)
@@ -75,8 +76,10 @@ def load(config: Evaluate) -> tuple[MoMLanguageModel, DataConfig, int | None]:
         return loaded.model, data, loaded.step
     allowed = "it must be a directory that train_lm.py wrote, or have config.json and safetensors (Hugging Face)"
     require((run / "config.json").is_file(), "run", config.run, allowed)
-    require("path" in given, "data.path", None, "a Hugging Face directory says no data: name a prepared directory")
-    return load_pretrained(run, dtype=config.dtype), DataConfig(**given), None
+    require("path" in given, "data.path", None, "only a run says its data: name a prepared directory")
+    if (run / TOKENIZER / DESCRIPTION).is_file():  # exported from a run
+        require_same_tokenizer(Path(given["path"]) / f"{config.split}.json", run / TOKENIZER / DESCRIPTION)
+    return mom_jax.load(run, dtype=config.dtype).model, DataConfig(**given), None
 
 
 @partial(jax.jit, static_argnums=0)

@@ -8,7 +8,8 @@ from mom_jax.config import PRESETS, ModelConfig, gated_deltanet_340m, mom_1_3b, 
 # Fetched at first use, so that what only reads configurations or data does not wait for JAX.
 _MODULES = {
     "MoMLanguageModel": "mom_jax.model", "load_pretrained": "mom_jax.hf", "save_pretrained": "mom_jax.hf",
-    "load_run": "mom_jax.runs", "generate": "mom_jax.generation", "Sampling": "mom_jax.sampling",
+    "load": "mom_jax.interchange", "load_run": "mom_jax.runs", "generate": "mom_jax.generation",
+    "Sampling": "mom_jax.sampling",
 }  # fmt: skip
 
 __all__ = ["PRESETS", "ModelConfig", "gated_deltanet_340m", "mom_1_3b", "mom_340m", "tiny", *_MODULES]

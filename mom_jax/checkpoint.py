@@ -10,7 +10,6 @@ looks like a checkpoint. The checksums are ours: TensorStore returns arrays with
 Directories are on a local or mounted file system.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,9 +26,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from mom_jax.config import require
+from mom_jax.files import CHECKSUMS, checksums_of
 
-CHECKSUMS = "checksums.json"
-ITEM_FILES = "*/*"  # of any depth, as fnmatch reads it
+ITEM_FILES = "*/*"  # of any depth, as fnmatch reads it; not those at the top, where Orbax writes on after the checksums
 RUN = "run/metadata"
 TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -150,7 +149,7 @@ class Checkpoints(AbstractContextManager):
     def _write_checksums(self) -> None:
         """Orbax calls this on process 0 when all processes have written their files, just before the rename."""
         (path,) = self.directory.glob(f"{self._saving}{TEMPORARY}*")
-        (path / CHECKSUMS).write_text(json.dumps(_checksums(path, ITEM_FILES), indent=1))
+        (path / CHECKSUMS).write_text(json.dumps(checksums_of(path, ITEM_FILES), indent=1))
 
     def _set_aside(self, damaged: Iterable[Path]) -> None:
         if jax.process_index() == 0:
@@ -249,23 +248,12 @@ def _damage(path: Path, files: str) -> str | None:
     """What is wrong with the files of the checkpoint ``path`` that match the pattern ``files``; None: nothing."""
     try:
         saved = json.loads((path / CHECKSUMS).read_text())
-        found = _checksums(path, files)
+        found = checksums_of(path, files)
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     names = sorted(name for name in saved.keys() | found.keys() if fnmatchcase(name, files))
     changed = [name for name in names if saved.get(name) != found.get(name)]
     return f"missing, added or changed: {', '.join(changed)}" if changed else None
-
-
-def _checksums(path: Path, files: str) -> dict[str, str]:
-    """SHA-256 by name of the files that match. None is at the top of ``path``, where Orbax writes on after this."""
-    checksums = {}
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if fnmatchcase(name, files) and file.is_file():
-            with file.open("rb") as stream:
-                checksums[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return checksums
 
 
 def _read_run(path: Path) -> dict:

@@ -30,6 +30,7 @@ EXPERIMENTS = ROOT / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import evaluate  # noqa: E402
+import export_checkpoint  # noqa: E402
 
 STEPS = 18
 WINDOWS = {
@@ -220,7 +221,7 @@ def test_what_is_no_run_is_refused_by_name(workshop, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no training run: it has no checkpoints/"):
         load_run(tmp_path)
     (tmp_path / "config.json").touch()
-    with pytest.raises(ValueError, match="data.path = None is not allowed: a Hugging Face directory"):
+    with pytest.raises(ValueError, match="data.path = None is not allowed: only a run says its data"):
         evaluate.load(evaluate.Evaluate(run=str(tmp_path)))
     with pytest.raises(ValueError, match="is the directory of a training run: mom_jax.load_run reads it"):
         load_pretrained(workshop.uninterrupted("windows"))
@@ -258,6 +259,21 @@ def test_a_run_is_loaded_and_evaluated_on_its_own_data(workshop, tmp_path, monke
     (output / "checkpoints" / str(STEPS) / "run/metadata").write_text("{}")
     with pytest.warns(UserWarning, match="skipping the damaged checkpoint"):
         assert load_run(output).step == STEPS - 3
+
+
+def test_an_export_is_evaluated_as_its_run(workshop, tmp_path, capsys):
+    output = workshop.uninterrupted("windows")
+    expected = evaluate.main(evaluate.Evaluate(run=str(output)))
+    data = evaluate.EvaluationData(path=str(workshop.data), sequence_length=70, batch_size=2)
+    for format in ("orbax", "huggingface"):
+        exported = str(tmp_path / format)
+        export_checkpoint.main(export_checkpoint.Export(input=str(output), output=exported, format=format))
+        figures = evaluate.main(evaluate.Evaluate(run=exported, data=data))
+        assert figures["by_position"] == expected["by_position"]
+    assert f"{exported}: " in capsys.readouterr().out
+    other = evaluate.EvaluationData(path=prepared_with(workshop, tmp_path / "other", eos_id=0))
+    with pytest.raises(ValueError, match="valid.json: eos_id = 0 is not allowed"):
+        evaluate.load(evaluate.Evaluate(run=str(tmp_path / "orbax"), data=other))
 
 
 def test_the_examples_of_the_readme_run(workshop, tmp_path, monkeypatch):
@@ -335,6 +351,19 @@ SCRIPTS = {
             "--data.sequence-length", "64", "--data.batch-size", "1", "--train.steps", "2", "--output", str(output),
         ],
         ["losses.json", "losses.png"],
+    ),
+    "export_checkpoint.py": (
+        lambda workshop, output: [
+            "--input", str(workshop.uninterrupted("windows")), "--checkpoint", "best", "--format", "huggingface",
+            "--dtype", "bfloat16", "--output", str(output / "hf"),
+        ],
+        ["hf/config.json", "hf/model.safetensors", "hf/tokenizer.json", "hf/checksums.json"],
+    ),
+    "import_checkpoint.py": (
+        lambda workshop, output: [
+            "--input", str(ROOT / "tests/data/golden/default"), "--dtype", "bfloat16", "--output", str(output / "model"),
+        ],
+        ["model/config.json", "model/weights", "model/checksums.json"],
     ),
     "evaluate.py": (
         lambda workshop, output: [

@@ -260,7 +260,7 @@ def test_the_old_model_is_replaced(first, second, directory):
     assert (directory / "model.safetensors").exists() != (directory / "model.safetensors.index.json").exists()
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_write_json"])
+@pytest.mark.parametrize("broken", ["write_safetensors", "write_json"])
 def test_an_error_while_writing_changes_nothing(broken, directory, monkeypatch):
     model, before, calls = load_pretrained(directory), files_of(directory), []
     working = getattr(mom_jax.hf, broken)
