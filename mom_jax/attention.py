@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import einsum, normal_param
+from mom_jax.layers import LayerState, einsum, normal_param
 from mom_jax.sharding import constrain
 
 
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"] | None,
         documents: Int[Array, "B T"] | None,
-        state: AttentionState | None,
+        state: LayerState | None,
     ) -> tuple[Float[Array, "B T D"], None, AttentionState | None]:
         """See :meth:`mom_jax.memory.MixtureOfMemories.__call__`; there is no routing to return.
 
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
         real = jnp.ones((batch, num_tokens), bool) if mask is None else mask
         position = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         if state is not None:
-            position = position + state.count[:, None]
+            position = position + state.stack.count[state.layer][:, None]
         q = einsum("btd,dhk->bthk", x, self.attention_q[...], dtype=config.dtype)
         k = einsum("btd,dgk->btgk", x, self.attention_k[...], dtype=config.dtype)
         v = einsum("btd,dgk->btgk", x, self.attention_v[...], dtype=config.dtype)
@@ -103,8 +103,10 @@ class Attention(nnx.Module):
             after = _write(state, new, is_ring=attention.window_size is not None)
             # A ring overwrites what the first tokens of a long piece still see: then old and new stand side by side.
             overwrites = attention.window_size is not None and num_tokens > 1
-            seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state[:4], new[:4]) if overwrites else after
-            seen = AttentionState(*seen[:4], count=new.count)
+            seen = (state if overwrites else LayerState(after, state.layer)).get()
+            if overwrites:
+                parts = (jnp.concatenate(both, axis=1) for both in zip(seen[:4], new[:4], strict=True))
+                seen = AttentionState(*parts, count=new.count)
         distance = position[:, :, None] - seen.position[:, None, :]
         visible = (seen.position[:, None, :] >= 0) & (distance >= 0)
         visible &= documents[:, :, None] == seen.document[:, None, :]
@@ -115,7 +117,7 @@ class Attention(nnx.Module):
         if state is None:
             return self._project(o), None, None
         if attention.window_size is None:
-            o = jnp.where((real & (position >= state.k.shape[1]))[..., None, None], jnp.nan, o)
+            o = jnp.where((real & (position >= state.stack.k.shape[2]))[..., None, None], jnp.nan, o)
         return self._project(o), None, after
 
     def _attend(self, q, k, v, **how):
@@ -128,18 +130,15 @@ class Attention(nnx.Module):
         return constrain(einsum("bthk,hkd->btd", o, self.attention_o[...], dtype=self.config.dtype), "btd")
 
 
-def _write(state: AttentionState, new: AttentionState, is_ring: bool) -> AttentionState:
-    """Puts the piece's real tokens into the cache, each at its position; in a ring modulo its size, the last ones."""
-    size = state.k.shape[1]
-    count = state.count + new.count
+def _write(state: LayerState, new: AttentionState, is_ring: bool) -> AttentionState:
+    """Puts the piece's real tokens into the layer's cache, at their positions; in a ring modulo its size, the last ones."""
+    stack, layer = state
+    size = stack.k.shape[2]
+    count = stack.count[layer] + new.count
     is_kept, slots = new.position >= 0, new.position
     if is_ring:
         is_kept &= new.position >= count[:, None] - size
         slots = slots % size
-    slots = jnp.where(is_kept, slots, size)  # from size on: dropped
-
-    def row(old, new, slots):
-        return old.at[slots].set(new.astype(old.dtype), mode="drop")
-
-    written = (jax.vmap(row)(old, fresh, slots) for old, fresh in zip(state[:4], new[:4], strict=True))
-    return AttentionState(*written, count=count)
+    at = layer, jnp.arange(len(slots))[:, None], jnp.where(is_kept, slots, size)  # from size on: dropped
+    written = (old.at[at].set(fresh.astype(old.dtype), mode="drop") for old, fresh in zip(stack[:4], new[:4], strict=True))
+    return AttentionState(*written, count=stack.count.at[layer].set(count))

@@ -1,6 +1,8 @@
 """Parameters and matmuls in the compute type, and the SwiGLU MLP."""
 
-from typing import Any
+import math
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jaxtyping import Array, Float
 
 from mom_jax.config import ModelConfig
 from mom_jax.sharding import constrain, leaf_name
+from pallas_kernels.api import stacked_matmul
 
 
 def normal_param(rngs: nnx.Rngs, config: ModelConfig, *shape: int) -> nnx.Param:
@@ -21,8 +24,41 @@ def ones_param(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32))
 
 
-def einsum(equation: str, *operands: jax.Array, dtype) -> jax.Array:
+# Parameters whose every use is ``einsum(equation, x, parameter)``; the memories' too in decoding.
+LARGE = ("w_q", "w_k", "w_v", "w_g", "w_o", "w_gate", "w_up", "w_down", "shared_k", "shared_v") + tuple(
+    f"attention_{name}" for name in "qkvo"
+)
+
+
+class LayerWeight:
+    """A layer's weight where it lies in the stack of its run, for the few rows of decoding: nothing is copied out of it.
+
+    Stands for the array in :func:`einsum` only, and is no pytree.
+    """
+
+    def __init__(self, stack: jax.Array, layer: jax.Array, implementation: str | None):
+        self.stack, self.layer, self.implementation = stack, layer, implementation
+
+    def __getitem__(self, key):
+        return self
+
+    def multiply(self, equation: str, x: jax.Array) -> jax.Array:
+        """For equations "...d,mde->...me": the last axes of x are contracted, before which w may have one of its own."""
+        of_x, of_w, of_y = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation).groups()
+        contracted = [letter for letter in of_x if letter not in of_y]
+        before, count = of_w.index(contracted[0]), len(contracted)
+        shape, rows = self.stack.shape[1:], x.shape[:-count]
+        width = math.prod(x.shape[-count:])
+        w = self.stack.reshape(self.stack.shape[0], math.prod(shape[:before]), width, -1)
+        y = stacked_matmul(x.reshape(-1, width), w, self.layer, implementation=self.implementation)
+        return y.reshape(*rows, *shape[:before], *shape[before + count :])
+
+
+def einsum(equation: str, *operands: jax.Array | LayerWeight, dtype) -> jax.Array:
     """Einsum with operands and result in the compute type; products are accumulated in float32."""
+    if isinstance(operands[-1], LayerWeight):
+        x, w = operands
+        return w.multiply(equation, x.astype(dtype))
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
     return jnp.einsum(equation, *(x.astype(dtype) for x in operands), precision=precision)
 
@@ -49,6 +85,26 @@ def cast_weights(params: Any, dtype, of_embedding: bool = False) -> Any:
         return x.astype(dtype) if leaf_name(path).startswith(names) else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+class LayerState(NamedTuple):
+    """The states of a run of layers, stacked, as one of the layers sees them: it updates its own in place, in a loop too.
+
+    Attributes:
+      stack: a pytree of arrays [layers, B, ...].
+      layer: int32, this layer's number.
+    """
+
+    stack: Any
+    layer: jax.Array
+
+    def get(self) -> Any:
+        """This layer's own state; a copy, which what is called for every token avoids."""
+        return jax.tree.map(lambda s: s[self.layer], self.stack)
+
+    def set(self, state: Any) -> Any:
+        """The stack with this layer's state replaced."""
+        return jax.tree.map(lambda s, new: s.at[self.layer].set(new.astype(s.dtype)), self.stack, state)
 
 
 class SwiGLU(nnx.Module):

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import einsum, normal_param, ones_param
+from mom_jax.layers import LayerState, einsum, normal_param, ones_param
 from mom_jax.routing import Dispatch, Router, Routing
 from mom_jax.sharding import constrain
 from mom_jax.update_rules import UPDATE_RULES
@@ -79,17 +79,17 @@ class MixtureOfMemories(nnx.Module):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"] | None,
         documents: Int[Array, "B T"] | None,
-        state: MemoryState | None,
+        state: LayerState | None,
     ) -> tuple[Float[Array, "B T D"], Routing, MemoryState | None]:
         """Mixes the tokens of a piece.
 
         Args:
           mask: False for padded tokens, which are routed nowhere; None: all are real.
           documents: document of each token, non-decreasing along a row; None: one document.
-          state: the state before the piece; None: empty memories, and no state is returned.
+          state: the layers' states before the piece; None: empty memories, and no state is returned.
 
         Returns:
-          y, the routing, and the state after the piece.
+          y, the routing, and the layers' states [layers, B, ...] after the piece.
         """
         routing, gate = self.router(x, mask), None
         if self.config.use_output_gate:
@@ -115,8 +115,8 @@ class MixtureOfMemories(nnx.Module):
 
         history = recurrent = None
         if state is not None:
-            state, document = _enter(state, segments, run_ids)
-            history, recurrent = state.history, state.recurrent
+            entered, document = _enter(state.get(), segments, run_ids)
+            history, recurrent = entered.history, entered.recurrent
         convolved = {
             name: api.short_convolution(
                 stream, *self._convolution(name), segments, run_ids, None if history is None else history[name],
@@ -132,7 +132,7 @@ class MixtureOfMemories(nnx.Module):
                 name: api.convolution_history(stream, segments, run_ids, history[name])
                 for name, stream in streams.items()
             }
-            state = MemoryState(recurrent, history, document)
+            state = state.set(MemoryState(recurrent, history, document))
         o = api.combine_gated_rms_norm(
             o, routing.weights, gate, self.out_norm[...], self.config.norm_eps, choice_of=dispatch.choice_of, **where,
             implementation=self.config.implementation,
@@ -150,33 +150,30 @@ class MixtureOfMemories(nnx.Module):
         gates = self.rule.gates(x, memories)
         real = jnp.ones((batch, num_tokens), bool) if mask is None else mask
         documents = jnp.zeros((batch, num_tokens), jnp.int32) if documents is None else documents
+        if state is None:
+            state = LayerState(jax.tree.map(lambda s: s[None], self.init_state(batch)), jnp.int32(0))
+        convolutions = {name: self._convolution(name) for name in streams}
+        taps, biases = ({name: both[part] for name, both in convolutions.items()} for part in (0, 1))
 
-        def step(state: MemoryState, token):
-            """One token of one row; arrays of ``token`` have a leading R'."""
-            streams, gates, memories, weights, real, document = token
-            old = jax.tree.map(lambda s: s[memories], state)
-            continues = old.document == document
-            entered = jax.tree.map(
-                lambda s: jnp.where(continues.reshape((-1,) + (1,) * (s.ndim - 1)), s, 0), (old.recurrent, old.history)
-            )
-            convolved, history = {}, {}
-            for name, stream in streams.items():
-                convolved[name], history[name] = api.short_convolution_step(
-                    stream, *self._convolution(name), entered[1][name], normalize=name in self.rule.normalized
-                )  # fmt: skip
-            o, recurrent = self.rule.step(convolved, gates, entered[0])
-            new = MemoryState(recurrent, history, jnp.full_like(old.document, document))
-            state = jax.tree.map(
-                lambda s, new, old: s.at[memories].set(jnp.where(real, new, old), unique_indices=True), state, new, old
-            )
-            o = jnp.sum(o.astype(jnp.float32) * weights[:, None, None], axis=0).astype(o.dtype)
-            return state, jnp.where(real, o, 0)
+        def step(states: MemoryState, token):
+            """One token of every row; arrays of ``token`` are [B, R', ...] or [B]."""
+            streams, gates, memories, weights, real, documents = token
+            of_chosen = state.layer, jnp.arange(batch)[:, None], memories
+            last = states.document[of_chosen]
+            document = jnp.where(real[:, None], documents[:, None], last)
+            place = api.Place(state.layer, memories, last == document, real)
+            convolved, history = api.short_convolution_step(
+                streams, taps, biases, states.history, place, normalized=self.rule.normalized,
+                implementation=self.config.implementation,
+            )  # fmt: skip
+            o, recurrent = self.rule.step(convolved, gates, states.recurrent, place)
+            document = states.document.at[of_chosen].set(document, unique_indices=True)
+            o = jnp.sum(o.astype(jnp.float32) * weights[..., None, None], axis=1).astype(o.dtype)
+            return MemoryState(recurrent, history, document), jnp.where(real[:, None, None], o, 0)
 
         # Over tokens in sequence, over rows at once.
         tokens = (streams, gates, memories, routing.weights, real, documents)
-        tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens)
-        before = self.init_state(batch) if state is None else state
-        after, o = lax.scan(jax.vmap(step), before, tokens)
+        after, o = lax.scan(step, state.stack, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens))
         o = jnp.moveaxis(o, 0, 1)
         return api.gated_rms_norm(o, gate, self.out_norm[...], self.config.norm_eps), after
 

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax.attention import Attention, AttentionState
 from mom_jax.config import ModelConfig, require
-from mom_jax.layers import SwiGLU, einsum_float32, normal_param, ones_param
+from mom_jax.layers import LARGE, LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
-from mom_jax.sharding import constrain
-from pallas_kernels.api import WORTH_KEEPING, rms_norm
+from mom_jax.sharding import constrain, leaf_name
+from pallas_kernels.api import SEGMENT_ALIGNMENT, WORTH_KEEPING, rms_norm
 
 MIXERS = {"mom": MixtureOfMemories, "attention": Attention}
 Params = dict[str, Any]  # a pure-dict tree of arrays
@@ -185,15 +185,16 @@ class MoMLanguageModel(nnx.Module):
     def _scan_run(self, run: Block, x, mask, documents, state):
         """The layers of one run, one after another. The state travels in the carry and is updated in place."""
         graph, params = nnx.split(run)
+        count = jax.tree.leaves(params)[0].shape[0]
+        xs, of_layer = (params, jnp.arange(count)), lambda params, _: params
+        if state is not None and x.shape[1] < SEGMENT_ALIGNMENT:
+            # Decoding: what a scan hands to its body is a copy, which for the weights would be all of its time.
+            xs, of_layer = (None, jnp.arange(count)), lambda _, index: self._weights_in_place(params, index)
 
         def layer(carry, xs):
             x, states = carry
-            params, index = xs
-            block = nnx.merge(graph, params)
-            own = None if states is None else jax.tree.map(lambda s: s[index], states)
-            x, routing, own = block(x, mask, documents, own)
-            if states is not None:
-                states = jax.tree.map(lambda s, new: s.at[index].set(new.astype(s.dtype)), states, own)
+            own = None if states is None else LayerState(states, xs[1])
+            x, routing, states = nnx.merge(graph, of_layer(*xs))(x, mask, documents, own)
             statistics = None
             if routing is not None:
                 statistics = RouterStatistics(routing.logits, routing.load, routing.importance, routing.z_loss)
@@ -202,9 +203,17 @@ class MoMLanguageModel(nnx.Module):
         unroll = self.config.unroll
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT[self.config.remat], prevent_cse=unroll)
-        count = jax.tree.leaves(params)[0].shape[0]
-        (x, state), statistics = lax.scan(layer, (x, state), (params, jnp.arange(count)), unroll=unroll)
+        (x, state), statistics = lax.scan(layer, (x, state), xs, unroll=unroll)
         return x, statistics, state
+
+    def _weights_in_place(self, params, index):
+        """The parameters of a layer of a run; the weights of large products as :class:`LayerWeight`."""
+
+        def pick(path, stack):  # the last entry of a path is the variable, of which the value is meant
+            is_large = leaf_name(path[:-1]) in LARGE and stack.dtype == self.config.dtype
+            return LayerWeight(stack, index, self.config.implementation) if is_large else stack[index]
+
+        return jax.tree_util.tree_map_with_path(pick, params)
 
     def _gather_statistics(self, routings, shape) -> RouterStatistics:
         if not routings:  # attention layers only

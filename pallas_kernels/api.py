@@ -11,14 +11,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import chunked, reference, triton
 from pallas_kernels.gather import gather_sum
-from pallas_kernels.layer_ops import convolution_history, gated_rms_norm, l2_norm, rms_norm, short_convolution_step
-from pallas_kernels.reference import delta_step
+from pallas_kernels.layer_ops import convolution_history, gated_rms_norm, l2_norm, rms_norm
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
+from pallas_kernels.step import Place
 
 __all__ = [
-    "SEGMENT_ALIGNMENT", "Segments", "WORTH_KEEPING", "combine_gated_rms_norm", "convolution_history", "delta_step",
-    "gated_delta_rule", "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm", "linear_attention",
-    "linear_cross_entropy", "rms_norm", "short_convolution", "short_convolution_step",
+    "SEGMENT_ALIGNMENT", "Place", "Segments", "WORTH_KEEPING", "combine_gated_rms_norm", "convolution_history",
+    "gated_delta_rule", "gated_delta_rule_step", "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm",
+    "linear_attention", "linear_cross_entropy", "rms_norm", "short_convolution", "short_convolution_step",
+    "stacked_matmul",
 ]  # fmt: skip
 
 # In the order in which None tries them.
@@ -334,3 +335,82 @@ def linear_cross_entropy(
     _check(op, chunk > 0, "chunk", chunk, "at least one token")
     run = _choose(op, implementation, {"hidden": hidden, "head": head}, interpret)
     return run(hidden, head, targets, chunk=chunk, transposed=transposed)
+
+
+def gated_delta_rule_step(
+    q: Float[Array, "B R H K"],
+    k: Float[Array, "B R H K"],
+    v: Float[Array, "B R H V"],
+    log_decay: Float[Array, "B R H"],
+    beta: Float[Array, "B R H"],
+    states: Float[Array, "L B S H K V"],
+    place: Place,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B R H V"], Float[Array, "L B S H K V"]]:
+    """One token a row of :func:`gated_delta_rule` into R of the row's states; see there for the arguments.
+
+    Args:
+      states: a pool, float32, which a compiled loop updates in place.
+      place: the states' places in it.
+
+    Returns:
+      o, of v's dtype, and the pool after the token.
+    """
+    op, batch = "gated_delta_rule_step", q.shape[0]
+    expected = {"k": q.shape, "v": q.shape[:3] + states.shape[5:], "log_decay": q.shape[:3], "beta": q.shape[:3]}
+    for name, x in (("k", k), ("v", v), ("log_decay", log_decay), ("beta", beta)):
+        _check(op, x.shape == expected[name], f"the shape of {name}", x.shape, f"it must be {expected[name]}")
+    allowed = (states.shape[0], batch, states.shape[2], *q.shape[2:], v.shape[3])
+    _check(op, states.shape == allowed and states.dtype == jnp.float32, "states", states.aval, f"float32 {allowed}")
+    run = _choose(op, implementation, {"k": k, "v": v}, interpret)
+    return run(q, k, v, log_decay, beta, states, place, scale=q.shape[3] ** -0.5 if scale is None else scale)
+
+
+def short_convolution_step(
+    streams: dict[str, Float[Array, "B R H _"]],
+    weights: dict[str, Float[Array, "W H _"]],
+    biases: dict[str, Float[Array, "H _"] | None],
+    histories: dict[str, Float[Array, "L B S W-1 H _"]],
+    place: Place,
+    *,
+    normalized: tuple[str, ...] = (),
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[dict[str, Float[Array, "B R H _"]], dict[str, Float[Array, "L B S W-1 H _"]]]:
+    """One token a row of :func:`short_convolution`, of several streams, into R of the row's states.
+
+    Args:
+      histories: pools of the W-1 inputs before, which a compiled loop updates in place.
+      normalized: names of the streams whose heads are divided by their l2 norm.
+
+    Returns:
+      The outputs, of the streams' dtypes, and the pools after the token.
+    """
+    arrays = {"streams": streams, "weights": weights, "normalized": normalized}
+    run = _choose("short_convolution_step", implementation, arrays, interpret)
+    return run(streams, weights, biases, histories, place, normalized=normalized)
+
+
+def stacked_matmul(
+    x: Float[Array, "R D"],
+    w: Float[Array, "L M D N"],
+    layer: Int[Array, ""],
+    *,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "R M N"]:
+    """y_m = x w[layer, m] for a few rows x, such as those of a step of decoding, whatever the size of the stack.
+
+    Args:
+      w: of x's dtype; products are accumulated in float32.
+
+    Returns:
+      y, of x's dtype.
+    """
+    op = "stacked_matmul"
+    _check(op, x.shape[1:] == w.shape[2:3], "the shape of w", w.shape, f"D is {x.shape[1]}: [L, M, D, N]")
+    _check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
+    return _choose(op, implementation, {"x": x, "w": w}, interpret)(x, w, layer)

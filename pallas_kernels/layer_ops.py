@@ -16,7 +16,10 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> F
     return (normed * scale).astype(x.dtype)
 
 
-def l2_norm(x: Float[Array, "*B K"], eps: float = 1e-6) -> Float[Array, "*B K"]:
+L2_EPS = 1e-6
+
+
+def l2_norm(x: Float[Array, "*B K"], eps: float = L2_EPS) -> Float[Array, "*B K"]:
     """x / sqrt(sum(x^2) + eps) over the last axis, in float32; the result is of x's dtype."""
     x32 = x.astype(jnp.float32)
     return (x32 * lax.rsqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
@@ -109,22 +112,6 @@ def convolution_history(
         return jnp.where(is_new.reshape(shape), new, jnp.where(is_old.reshape(shape), old, 0))
 
     return jax.vmap(row)(x, history, slots, place, is_new, is_old)
-
-
-def short_convolution_step(
-    x: Float[Array, "R *C"],
-    weight: Float[Array, "W *C"],
-    bias: Float[Array, "*C"] | None,
-    history: Float[Array, "R W-1 *C"],
-    normalize: bool = False,
-) -> tuple[Float[Array, "R *C"], Float[Array, "R W-1 *C"]]:
-    """One token of :func:`short_convolution` in R memories: its outputs and the histories after it."""
-    window = jnp.concatenate([history, x[:, None].astype(history.dtype)], axis=1)
-    y = jnp.sum(window.astype(jnp.float32) * weight, axis=1)
-    if bias is not None:
-        y += bias
-    y = jax.nn.silu(y).astype(x.dtype)
-    return l2_norm(y) if normalize else y, window[:, 1:]
 
 
 def gated_rms_norm(

@@ -1,8 +1,6 @@
-"""The oracle: every op as a token-by-token ``lax.scan`` in float32, and the steps of the update rules.
+"""The oracle: every op as a token-by-token ``lax.scan`` of its step (step.py) in float32.
 
-A *step* takes one token into one memory and reads it. Steps work on any leading axes, so that decoding uses the same
-function that defines the op. Products are in HIGHEST precision: on GPU and TPU a float32 product is otherwise not
-float32.
+Products are in HIGHEST precision: on GPU and TPU a float32 product is otherwise not float32.
 """
 
 from collections.abc import Callable
@@ -16,41 +14,9 @@ from pallas_kernels.cross_entropy import linear_cross_entropy  # noqa: F401
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
 from pallas_kernels.segments import Segments, states_or_zeros, where_real
+from pallas_kernels.step import delta_step, gated_delta_rule_step, short_convolution_step, stacked_matmul  # noqa: F401
 
 State = Any  # a rule's own pytree; for the rules here one array [..., H, K, V]
-
-
-def delta_step(
-    state: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array | None,
-    beta: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """One token of the gated delta rule (arXiv 2412.06464, eq. 10), or of linear attention where ``beta`` is None::
-
-        S <- a S;   S <- S + k (b (v - S^T k))^T   or   S <- S + k v^T;   o = S^T q
-
-    Args:
-      state: float32 [..., H, K, V].
-      q, k: [..., H, K]; q is already scaled.
-      v: [..., H, V].
-      log_decay: log a, [..., H] a head or [..., H, K] a key; None: no decay.
-      beta: b, [..., H]; None: no erasing.
-
-    Returns:
-      The new state and the output, float32 [..., H, V].
-    """
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    if log_decay is not None:
-        decay = jnp.exp(log_decay.astype(jnp.float32))
-        state = state * (decay[..., None] if decay.ndim == k.ndim else decay[..., None, None])
-    if beta is not None:
-        erased = jnp.einsum("...kv,...k->...v", state, k, precision=lax.Precision.HIGHEST)
-        v = beta.astype(jnp.float32)[..., None] * (v - erased)
-    state = state + k[..., None] * v[..., None, :]
-    return state, jnp.einsum("...kv,...k->...v", state, q, precision=lax.Precision.HIGHEST)
 
 
 def scan_segments(

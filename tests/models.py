@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from mom_jax.config import AttentionConfig, ModelConfig
+from mom_jax.layers import LayerState
 from mom_jax.model import MIXERS, bind, model_structure, split_params
 from mom_jax.sharding import leaf_name
 from pallas_kernels.api import gather_sum
@@ -69,10 +70,19 @@ def model_of(config: ModelConfig):
 
 @cache
 def mixer_of(config: ModelConfig, kind: str = "mom"):
-    """A token mixer as a compiled function (x, mask, documents, state) -> (y, routing, state), and its values."""
+    """A token mixer as a compiled function (x, mask, documents, state) -> (y, routing, state), and its values.
+
+    The state is the mixer's own: a stack of one layer is made of it.
+    """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: MIXERS[kind](config, rngs=nnx.Rngs(0))))
     nnx.replace_by_pure_dict(abstract, draw(nnx.to_pure_dict(abstract)))
-    call = jax.jit(lambda values, *inputs: nnx.merge(graph, values)(*inputs))
+
+    @jax.jit
+    def call(values, x, mask, documents, state):
+        own = None if state is None else LayerState(jax.tree.map(lambda s: s[None], state), jnp.int32(0))
+        y, routing, after = nnx.merge(graph, values)(x, mask, documents, own)
+        return y, routing, jax.tree.map(lambda s: s[0], after)
+
     return partial(call, abstract), nnx.merge(graph, abstract)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_close, relative_l2
 
-from pallas_kernels.api import Segments, convolution_history, l2_norm, rms_norm, short_convolution, short_convolution_step
+from pallas_kernels.api import Segments, convolution_history, l2_norm, rms_norm, short_convolution
 
 LENGTHS = ((70, 0, 2, 64, 1), (1, 66, 3, 0, 5))
 SLOTS, HEADS, WIDTH = 384, 2, 3
@@ -102,18 +102,6 @@ def test_short_convolution_with_random_runs_and_histories(seed):
     real = ~np.isnan(expected_y)
     assert relative_l2(np.asarray(y)[real], expected_y[real]) < 1e-6
     np.testing.assert_array_equal(after, expected_after.astype(np.float32))
-
-
-def test_convolution_steps_equal_the_convolution():
-    """Token by token with histories handed on, from an empty history."""
-    case = Convolution(1, 4, True, False, False)
-    y, after = convolve(LENGTHS, case.x, case.weight, case.bias, None, None)
-    step = jax.jit(short_convolution_step)
-    history = jnp.zeros((1, 3, HEADS, WIDTH))
-    for n in range(LENGTHS[0][0]):
-        out, history = step(case.x[0, n][None], case.weight, case.bias, history)
-        assert relative_l2(out[0], y[0, n]) < 1e-6
-    np.testing.assert_array_equal(history[0], after[0, 0])
 
 
 def test_nothing_flows_from_one_segment_into_another():

@@ -15,6 +15,7 @@ from models import mixer_of, run_pieces, small
 from numerics import LIMITS, assert_close
 from oracle import mom_row
 
+from mom_jax.layers import LayerState
 from pallas_kernels import api
 from pallas_kernels.api import Segments
 
@@ -116,11 +117,13 @@ def test_dead_slots_after_the_convolution_touch_no_state(implementation):
     o, final = jax.jit(lambda *inputs: layer.rule.run(*inputs, segments, None, None))(streams, gates)
     assert not np.asarray(o)[0, ~real].any()
     step = jax.jit(layer.rule.step)
+    states = layer.rule.init_state(1, 1, 3)
     for s, (start, length) in enumerate(zip((0, 64, 192), (3, 70, 1), strict=True)):
-        state = layer.rule.init_state()
+        place = api.Place(jnp.int32(0), jnp.array([[s]]), jnp.array([[True]]), jnp.array([True]))
         for n in range(start, start + length):
-            _, state = step(*({name: x[0, n] for name, x in part.items()} for part in (streams, gates)), state)
-        assert_close(final[0, s], state, LIMIT)
+            token = ({name: x[:, n, None] for name, x in part.items()} for part in (streams, gates))
+            _, states = step(*token, states, place)
+    assert_close(final, states[0], LIMIT)
 
 
 SPLITS = [(63, 37), (70, 30), (30, 70), (1,) * 100, (5,) * 6 + (70,)]
@@ -331,8 +334,9 @@ def gradient_of(num_tokens):
     def run(values, x, mask, state, dy, d_recurrent):
         def function(values, x, recurrent, history):
             given = state._replace(recurrent=recurrent, history=history)
-            y, _, after = nnx.merge(graph, values)(x, mask, jnp.zeros(mask.shape, jnp.int32), given)
-            return y, after.recurrent
+            own = LayerState(jax.tree.map(lambda s: s[None], given), jnp.int32(0))
+            y, _, after = nnx.merge(graph, values)(x, mask, jnp.zeros(mask.shape, jnp.int32), own)
+            return y, after.recurrent[0]
 
         outputs, pull = jax.vjp(function, values, x, state.recurrent, state.history)
         return outputs, pull((dy, d_recurrent))

@@ -11,7 +11,7 @@ from mom_jax.config import ModelConfig
 from mom_jax.layers import einsum, einsum_float32, normal_param
 from mom_jax.routing import Dispatch
 from pallas_kernels import api
-from pallas_kernels.api import Segments
+from pallas_kernels.api import Place, Segments
 
 Streams = dict[str, jax.Array]
 
@@ -86,15 +86,18 @@ class GatedDelta(nnx.Module):
 
         All memories are multiplied, which reads each weight once, and the chosen ones kept.
         """
-        dtype = self.config.dtype
         if self.config.single_kv_proj:
             return {}
 
-        def choose(y):
+        def project(name):
+            # Not of one stack of all weights, which would be a copy of them for every token.
+            y = einsum("btd,mdhk->btmhk", x, getattr(self, f"w_{name}")[...], dtype=self.config.dtype)
+            if self.config.shared_memory:
+                shared = einsum("btd,dhk->bthk", x, getattr(self, f"shared_{name}")[...], dtype=self.config.dtype)
+                y = jnp.concatenate([y, shared[:, :, None]], axis=2)
             return jnp.take_along_axis(y, memories[..., None, None], axis=2)
 
-        k = choose(einsum("btd,mdhk->btmhk", x, self._stacked("k"), dtype=dtype))
-        return {"k": k, "v": choose(einsum("btd,mdhv->btmhv", x, self._stacked("v"), dtype=dtype))}
+        return {"k": project("k"), "v": project("v")}
 
     def gates(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
         """The gates of each token in each of its memories, [B, T, R, H]: one dense matmul for all memories."""
@@ -115,11 +118,12 @@ class GatedDelta(nnx.Module):
             segments=segments, run_ids=run_ids, initial_state=state, implementation=self.config.implementation,
         )  # fmt: skip
 
-    def step(self, streams: Streams, gates: Streams, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One token into some memories; arrays have any leading axes. Returns outputs [..., H, V] and the new state."""
-        q = streams["q"].astype(jnp.float32) * self.config.head_dim**-0.5
-        state, o = api.delta_step(state, q, streams["k"], streams["v"], gates["log_decay"], gates["beta"])
-        return o.astype(streams["v"].dtype), state
+    def step(self, streams: Streams, gates: Streams, states: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
+        """One token a row, [B, R, ...], into its states of a pool. Returns outputs [B, R, H, V] and the pool after it."""
+        return api.gated_delta_rule_step(
+            streams["q"], streams["k"], streams["v"], gates["log_decay"], gates["beta"], states, place,
+            implementation=self.config.implementation,
+        )  # fmt: skip
 
     def init_state(self, *leading: int) -> jax.Array:
         """The empty state, float32 [*leading, H, K, V]."""

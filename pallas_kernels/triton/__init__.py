@@ -8,10 +8,13 @@ from pallas_kernels.triton.grouped_matmul import grouped_matmul
 from pallas_kernels.triton.launch import current_device
 from pallas_kernels.triton.recurrence import CHUNK_MATRICES, gated_delta_rule, linear_attention
 from pallas_kernels.triton.short_convolution import short_convolution
+from pallas_kernels.triton.stacked_matmul import MOST_ROWS, stacked_matmul
+from pallas_kernels.triton.step import gated_delta_rule_step, short_convolution_step
 
 __all__ = [
-    "CHUNK_MATRICES", "combine_gated_rms_norm", "gated_delta_rule", "grouped_matmul", "linear_attention",
-    "linear_cross_entropy", "short_convolution", "unsupported_reason",
+    "CHUNK_MATRICES", "combine_gated_rms_norm", "gated_delta_rule", "gated_delta_rule_step", "grouped_matmul",
+    "linear_attention", "linear_cross_entropy", "short_convolution", "short_convolution_step", "stacked_matmul",
+    "unsupported_reason",
 ]  # fmt: skip
 
 # Compute capabilities whose shared memory holds the tiles: H100, H200 (run on an H200), A100 (compiled for it); not 8.6, 8.9
@@ -44,9 +47,21 @@ def _shape_reason(op: str, arrays: dict) -> str | None:
         for name, size in sizes:
             if size % 16:
                 return f"{name} is {size}; it must be a multiple of 16"
+    if op == "stacked_matmul":
+        for name, size in zip("DN", arrays["w"].shape[2:], strict=True):
+            if size % 16:
+                return f"{name} is {size}; it must be a multiple of 16"
+        if arrays["x"].shape[0] > MOST_ROWS:
+            return f"x has {arrays['x'].shape[0]} rows; from {MOST_ROWS + 1} on it would be slower than XLA's products"
     if op == "short_convolution" and arrays["normalize"] and arrays["x"].shape[-1] & (arrays["x"].shape[-1] - 1):
         return f"K is {arrays['x'].shape[-1]}; with normalize it must be a power of two"
-    if op in ("gated_delta_rule", "linear_attention") and arrays["k"].shape[-1] < 16:
+    if op == "short_convolution_step":
+        for name, x in arrays["streams"].items():
+            if name in arrays["normalized"] and x.shape[-1] & (x.shape[-1] - 1):
+                return f"the heads of {name} have {x.shape[-1]} elements; normalized they must be a power of two"
+            if arrays["weights"][name].shape[0] == 1:
+                return "W is 1: there is no history"
+    if op in ("gated_delta_rule", "gated_delta_rule_step", "linear_attention") and arrays["k"].shape[-1] < 16:
         return f"K is {arrays['k'].shape[-1]}; it must be at least 16"
     if op == "gated_delta_rule" and _is_per_key(arrays):
         return "it has no log-decay a key for the delta rule"

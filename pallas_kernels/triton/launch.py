@@ -48,9 +48,14 @@ def current_device() -> tuple[str, str, str | None]:
 
 
 def launch(
-    kernel: Callable, *operands, name: str, grid, in_specs, out_specs, out_shape, config: KernelConfig, interpret: bool
-):
-    """Runs ``kernel`` over ``grid``; ``name`` is what compiled programs and profiles call it."""
+    kernel: Callable, *operands, name: str, grid, in_specs, out_specs, out_shape, config: KernelConfig, interpret: bool,
+    aliases: dict[int, int] | None = None,
+):  # fmt: skip
+    """Runs ``kernel`` over ``grid``; ``name`` is what compiled programs and profiles call it.
+
+    Args:
+      aliases: flat operands that are written in place, as which flat results.
+    """
     _check_blocks(name, grid, in_specs, operands)
     _check_blocks(name, grid, out_specs, out_shape)
     _, kind, capability = current_device()
@@ -63,6 +68,7 @@ def launch(
         out_shape=out_shape,
         name=name,
         interpret=interpret,
+        input_output_aliases=aliases or {},
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=num_stages),
     )(*operands)
 
@@ -89,3 +95,15 @@ def dot(a: jax.Array, b: jax.Array, dtype) -> jax.Array:
     """
     precision = lax.DotAlgorithmPreset.BF16_BF16_F32_X6 if dtype == jnp.float32 else None
     return jnp.dot(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def with_plain_gradient(kernel: Callable, reference: Callable, integers, *arrays):
+    """``kernel(integers, *arrays)``, whose gradient is that of the function ``reference`` of the same arguments."""
+
+    def backward(residuals, cotangents):
+        integers, arrays = residuals
+        return None, *jax.vjp(lambda *arrays: reference(integers, *arrays), *arrays)[1](cotangents)
+
+    function = jax.custom_vjp(kernel)
+    function.defvjp(lambda integers, *arrays: (kernel(integers, *arrays), (integers, arrays)), backward)
+    return function(integers, *arrays)

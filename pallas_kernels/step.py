@@ -1,0 +1,107 @@
+"""One token at a time: the steps of the update rules, and the ops of decoding, over pools of which a token touches a few.
+
+A *step* takes one token into one state and reads it. Steps work on any leading axes, so that decoding uses the same function
+that defines the op.
+
+A pool [L, B, S, ...] holds what every layer, row and segment (a memory, to the model) carries from token to token. Only the
+chosen ones are read and written; in a compiled loop that carries the pool nothing else of it moves.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.layer_ops import l2_norm
+
+
+def delta_step(
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    beta: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """One token of the gated delta rule (arXiv 2412.06464, eq. 10), or of linear attention where ``beta`` is None::
+
+        S <- a S;   S <- S + k (b (v - S^T k))^T   or   S <- S + k v^T;   o = S^T q
+
+    Args:
+      state: float32 [..., H, K, V].
+      q, k: [..., H, K]; q is already scaled.
+      v: [..., H, V].
+      log_decay: log a, [..., H] a head or [..., H, K] a key; None: no decay.
+      beta: b, [..., H]; None: no erasing.
+
+    Returns:
+      The new state and the output, float32 [..., H, V].
+    """
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    if log_decay is not None:
+        decay = jnp.exp(log_decay.astype(jnp.float32))
+        state = state * (decay[..., None] if decay.ndim == k.ndim else decay[..., None, None])
+    if beta is not None:
+        erased = jnp.einsum("...kv,...k->...v", state, k, precision=lax.Precision.HIGHEST)
+        v = beta.astype(jnp.float32)[..., None] * (v - erased)
+    state = state + k[..., None] * v[..., None, :]
+    return state, jnp.einsum("...kv,...k->...v", state, q, precision=lax.Precision.HIGHEST)
+
+
+class Place(NamedTuple):
+    """Which states of a pool [L, B, S, ...] the tokens of a step go into, one token a row.
+
+    Attributes:
+      layer: int32.
+      index: int32 [B, R], different ones in a row.
+      continues: bool [B, R], False: the state is entered afresh, as zeros.
+      active: bool [B], False: the row's token is padding, and all its states stay to the bit.
+    """
+
+    layer: Int[Array, ""]
+    index: Int[Array, "B R"]
+    continues: Bool[Array, "B R"]
+    active: Bool[Array, "B"]
+
+    def read(self, pool: jax.Array) -> jax.Array:
+        """The states [B, R, ...] as the tokens find them."""
+        return jnp.where(_wide(self.continues, pool.ndim - 1), pool[self._at], 0)
+
+    def write(self, pool: jax.Array, new: jax.Array) -> jax.Array:
+        new = jnp.where(_wide(self.active, pool.ndim - 1), new.astype(pool.dtype), pool[self._at])
+        return pool.at[self._at].set(new, unique_indices=True)
+
+    @property
+    def _at(self):
+        return self.layer, jnp.arange(self.index.shape[0])[:, None], self.index
+
+
+def _wide(mask, ndim):
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
+
+
+def gated_delta_rule_step(q, k, v, log_decay, beta, states, place: Place, *, scale):
+    """See :func:`pallas_kernels.api.gated_delta_rule_step`."""
+    new, o = delta_step(place.read(states), scale * q.astype(jnp.float32), k, v, log_decay, beta)
+    return o.astype(v.dtype), place.write(states, new)
+
+
+def short_convolution_step(streams, weights, biases, histories, place: Place, *, normalized):
+    """See :func:`pallas_kernels.api.short_convolution_step`."""
+    outputs, after = {}, {}
+    for name, x in streams.items():
+        history = place.read(histories[name])
+        window = jnp.concatenate([history, x[:, :, None].astype(history.dtype)], axis=2)
+        y = jnp.sum(window.astype(jnp.float32) * weights[name], axis=2)
+        y = jax.nn.silu(y if biases[name] is None else y + biases[name]).astype(x.dtype)
+        outputs[name] = l2_norm(y) if name in normalized else y
+        after[name] = place.write(histories[name], window[:, :, 1:])
+    return outputs, after
+
+
+def stacked_matmul(x, w, layer):
+    """See :func:`pallas_kernels.api.stacked_matmul`."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("rd,mdn->rmn", x, w[layer], precision=precision)

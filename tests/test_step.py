@@ -1,0 +1,141 @@
+"""The ops of decoding: every implementation against the ops that they are one token of, and in place.
+
+Interpreted or native, in a pool of several layers and rows: what a token does not touch stays to the bit.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import LIMITS, assert_close
+
+from pallas_kernels import api
+from pallas_kernels.api import Place, Segments
+
+LAYERS, BATCH, STATES, HEADS, KEY, TAPS = 2, 3, 5, 2, 16, 4
+IMPLEMENTATIONS = {
+    "plain": {"implementation": "chunked"},
+    "interpreted": {"implementation": "triton", "interpret": True},
+    "triton": {"implementation": "triton"},
+}
+PARAMS = ["plain", "interpreted", pytest.param("triton", marks=pytest.mark.gpu)]
+PLACE = Place(
+    layer=jnp.int32(1),
+    index=jnp.array([[3, 0, 4], [0, 1, 4], [2, 1, 4]], jnp.int32),
+    continues=jnp.array([[True, False, True], [True, True, True], [False, True, True]]),
+    active=jnp.array([True, False, True]),
+)
+TOUCHED = np.zeros((LAYERS, BATCH, STATES), bool)
+TOUCHED[1, [[0], [2]], PLACE.index[np.array([0, 2])]] = True
+
+
+def draw(rng, *shape, dtype="float32"):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def recurrence_inputs(rng, width, dtype):
+    q, k, v = (draw(rng, BATCH, 3, HEADS, size, dtype=dtype) for size in (KEY, KEY, width))
+    log_decay, beta = -jnp.exp(draw(rng, BATCH, 3, HEADS)), jax.nn.sigmoid(draw(rng, BATCH, 3, HEADS))
+    return q, api.l2_norm(k), v, log_decay, beta, draw(rng, LAYERS, BATCH, STATES, HEADS, KEY, width)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [16, 48])
+@pytest.mark.parametrize("implementation", PARAMS)
+def test_recurrence_step_is_one_token_of_the_op(rng, implementation, width, dtype):
+    *inputs, states = recurrence_inputs(rng, width, dtype)
+    step = jax.jit(partial(api.gated_delta_rule_step, **IMPLEMENTATIONS[implementation]))
+    o, after = step(*inputs, states, PLACE)
+    # The same token as a segment of one token for every (row, chosen state).
+    tokens = [x.reshape(1, -1, *x.shape[2:]) for x in inputs]
+    slots = [jnp.zeros((1, 64 * BATCH * 3, *x.shape[2:]), x.dtype).at[:, ::64].set(x) for x in tokens]
+    segments = Segments.from_lengths(jnp.ones((1, BATCH * 3), jnp.int32))
+    entered = PLACE.read(states).reshape(1, -1, *states.shape[3:])
+    expected, final = api.gated_delta_rule(*slots, segments=segments, initial_state=entered, implementation="reference")
+    assert o.dtype == dtype
+    assert_close(o.reshape(-1, HEADS, width), expected[0, ::64], LIMITS[dtype])
+    final = final.reshape(BATCH, 3, *states.shape[3:])
+    np.testing.assert_array_equal(np.asarray(after)[~TOUCHED], np.asarray(states)[~TOUCHED])
+    for row in (0, 2):
+        assert_close(after[1, row, PLACE.index[row]], final[row], LIMITS["float32"])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("implementation", PARAMS)
+def test_convolution_steps_are_the_convolution(rng, implementation, with_bias):
+    """Ten tokens, the streams at once; histories are entered as zeros, whatever is there; an inactive row keeps its own."""
+    widths = {"k": KEY, "v": 48}
+    weights = {name: draw(rng, TAPS, HEADS, width) for name, width in widths.items()}
+    biases = {name: draw(rng, HEADS, width) if with_bias else None for name, width in widths.items()}
+    before = {name: draw(rng, LAYERS, BATCH, STATES, TAPS - 1, HEADS, width) for name, width in widths.items()}
+    x = {name: draw(rng, BATCH, 3, 10, HEADS, width) for name, width in widths.items()}
+    step = jax.jit(partial(api.short_convolution_step, normalized=("k",), **IMPLEMENTATIONS[implementation]))
+    histories, outputs = before, []
+    for n in range(10):
+        place = PLACE._replace(continues=jnp.full((BATCH, 3), n > 0))
+        y, histories = step({name: s[:, :, n] for name, s in x.items()}, weights, biases, histories, place)
+        outputs.append(y)
+    segments = Segments.from_lengths(jnp.full((BATCH * 3, 1), 10, jnp.int32))
+    for name, width in widths.items():
+        rows = jnp.zeros((BATCH * 3, 64, HEADS, width)).at[:, :10].set(x[name].reshape(-1, 10, HEADS, width))
+        expected = api.short_convolution(
+            rows, weights[name], biases[name], segments, normalize=name == "k", implementation="reference"
+        )  # fmt: skip
+        expected = expected[:, :10].reshape(BATCH, 3, 10, HEADS, width)
+        found = jnp.stack([y[name] for y in outputs], axis=2)
+        for row in (0, 2):
+            assert_close(found[row], expected[row], LIMITS["float32"])
+            last = x[name][row, :, -3:]
+            np.testing.assert_array_equal(histories[name][1, row, PLACE.index[row]], last)
+        untouched = ~TOUCHED
+        np.testing.assert_array_equal(np.asarray(histories[name])[untouched], np.asarray(before[name])[untouched])
+
+
+@pytest.mark.parametrize("implementation", ["interpreted", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_gradients_of_kernels_are_those_of_plain_jax(rng, implementation):
+    inputs = recurrence_inputs(rng, 32, "float32")
+    weight, history = draw(rng, TAPS, HEADS, KEY), draw(rng, LAYERS, BATCH, STATES, TAPS - 1, HEADS, KEY)
+
+    def run(options):
+        def f(q, *rest):
+            streams, pools = {"q": q}, {"q": history}
+            y, after = api.short_convolution_step(streams, {"q": weight}, {"q": None}, pools, PLACE, **options)
+            return api.gated_delta_rule_step(y["q"], *rest, PLACE, **options), after
+
+        results, pull = jax.vjp(jax.jit(f), *inputs)
+        return results, pull(jax.tree.map(jnp.cos, results))
+
+    assert_close(run(IMPLEMENTATIONS[implementation]), run(IMPLEMENTATIONS["plain"]), LIMITS["float32"])
+
+
+def test_what_does_not_fit_is_refused_by_name(rng, unchecked_shapes):
+    *inputs, states = recurrence_inputs(rng, 16, "float32")
+    with pytest.raises(ValueError, match="gated_delta_rule_step: the shape of beta"):
+        api.gated_delta_rule_step(*inputs[:4], inputs[4][:, :2], states, PLACE)
+    with pytest.raises(ValueError, match="gated_delta_rule_step: states is .* float32"):
+        api.gated_delta_rule_step(*inputs, states.astype(jnp.bfloat16), PLACE)
+    with pytest.raises(NotImplementedError, match="W is 1"):
+        streams, weights = {"q": inputs[0]}, {"q": draw(rng, 1, HEADS, KEY)}
+        empty = {"q": jnp.zeros((LAYERS, BATCH, STATES, 0, HEADS, KEY))}
+        api.short_convolution_step(streams, weights, {"q": None}, empty, PLACE, **IMPLEMENTATIONS["interpreted"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows, depth, width", [(1, 16, 16), (3, 96, 48), (40, 256, 64)])
+@pytest.mark.parametrize("implementation", PARAMS)
+def test_stacked_matmul(rng, implementation, rows, depth, width, dtype):
+    x, w = draw(rng, rows, depth, dtype=dtype), draw(rng, 3, 2, depth, width, dtype=dtype)
+    y, pull = jax.vjp(lambda x, w: api.stacked_matmul(x, w, jnp.int32(1), **IMPLEMENTATIONS[implementation]), x, w)
+    x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    assert y.dtype == dtype
+    assert_close(y, np.einsum("rd,mdn->rmn", x64, w64[1]), LIMITS[dtype])
+    dx, dw = pull(jnp.ones_like(y))
+    assert_close(dx, np.einsum("rmn,mdn->rd", np.ones(y.shape), w64[1]), LIMITS[dtype])
+    assert not np.asarray(dw)[[0, 2]].any() and np.asarray(dw)[1].any()
+
+
+def test_many_rows_are_left_to_xla(rng):
+    with pytest.raises(NotImplementedError, match="65 rows"):
+        api.stacked_matmul(draw(rng, 65, 16), draw(rng, 1, 1, 16, 16), jnp.int32(0), **IMPLEMENTATIONS["interpreted"])
