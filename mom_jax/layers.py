@@ -24,16 +24,10 @@ def ones_param(*shape: int) -> nnx.Param:
     return nnx.Param(jnp.ones(shape, jnp.float32))
 
 
-# Parameters whose every use is ``einsum(equation, x, parameter)``; the memories' too in decoding.
-LARGE = ("w_q", "w_k", "w_v", "w_g", "w_o", "w_gate", "w_up", "w_down", "shared_k", "shared_v") + tuple(
-    f"attention_{name}" for name in "qkvo"
-)
-
-
 class LayerWeight:
     """A layer's weight where it lies in the stack of its run, for the few rows of decoding: nothing is copied out of it.
 
-    Stands for the array in :func:`einsum` only, and is no pytree.
+    Stands for the array in :func:`einsum` and :func:`einsum_float32` only, and is no pytree.
     """
 
     def __init__(self, stack: jax.Array, layer: jax.Array, implementation: str | None):
@@ -42,7 +36,12 @@ class LayerWeight:
     def __getitem__(self, key):
         return self
 
-    def multiply(self, equation: str, x: jax.Array) -> jax.Array:
+    @staticmethod
+    def fits(name: str, stack: jax.Array, dtype: str) -> bool:
+        """Whether a parameter can be given as one to a model that computes in ``dtype``."""
+        return name == "router" or name.startswith(("w_", "shared_", "attention_")) and stack.dtype == dtype
+
+    def multiply(self, equation: str, x: jax.Array, out_dtype=None) -> jax.Array:
         """For equations "...d,mde->...me": the last axes of x are contracted, before which w may have one of its own."""
         of_x, of_w, of_y = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation).groups()
         contracted = [letter for letter in of_x if letter not in of_y]
@@ -50,7 +49,8 @@ class LayerWeight:
         shape, rows = self.stack.shape[1:], x.shape[:-count]
         width = math.prod(x.shape[-count:])
         w = self.stack.reshape(self.stack.shape[0], math.prod(shape[:before]), width, -1)
-        y = stacked_matmul(x.reshape(-1, width), w, self.layer, implementation=self.implementation)
+        x = x.reshape(-1, width)
+        y = stacked_matmul(x, w, self.layer, out_dtype=out_dtype, implementation=self.implementation)
         return y.reshape(*rows, *shape[:before], *shape[before + count :])
 
 
@@ -63,11 +63,14 @@ def einsum(equation: str, *operands: jax.Array | LayerWeight, dtype) -> jax.Arra
     return jnp.einsum(equation, *(x.astype(dtype) for x in operands), precision=precision)
 
 
-def einsum_float32(equation: str, *operands: jax.Array, dtype) -> jax.Array:
+def einsum_float32(equation: str, *operands: jax.Array | LayerWeight, dtype) -> jax.Array:
     """Einsum with operands in the compute type and a float32 result.
 
     The algorithm is named, because the gradient's operands are float32 and would be multiplied as such.
     """
+    if isinstance(operands[-1], LayerWeight):
+        x, w = operands
+        return w.multiply(equation, x.astype(dtype), jnp.float32)
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.DotAlgorithmPreset.BF16_BF16_F32
     operands = [x.astype(dtype) for x in operands]
     return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax.attention import Attention, AttentionState
 from mom_jax.config import ModelConfig, require
-from mom_jax.layers import LARGE, LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, ones_param
+from mom_jax.layers import LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
 from mom_jax.sharding import constrain, leaf_name
@@ -207,11 +207,12 @@ class MoMLanguageModel(nnx.Module):
         return x, statistics, state
 
     def _weights_in_place(self, params, index):
-        """The parameters of a layer of a run; the weights of large products as :class:`LayerWeight`."""
+        """The parameters of a layer of a run; those that are multiplied by as :class:`LayerWeight`."""
 
-        def pick(path, stack):  # the last entry of a path is the variable, of which the value is meant
-            is_large = leaf_name(path[:-1]) in LARGE and stack.dtype == self.config.dtype
-            return LayerWeight(stack, index, self.config.implementation) if is_large else stack[index]
+        def pick(path, stack):
+            name = leaf_name(path[:-1])  # the last entry is "value"
+            is_multiplied = LayerWeight.fits(name, stack, self.config.dtype)
+            return LayerWeight(stack, index, self.config.implementation) if is_multiplied else stack[index]
 
         return jax.tree_util.tree_map_with_path(pick, params)
 

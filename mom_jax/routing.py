@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import normal_param
+from mom_jax.layers import einsum, normal_param
 from mom_jax.sharding import constrain
 from pallas_kernels.api import SEGMENT_ALIGNMENT, Segments, gather_sum
 
@@ -56,9 +56,7 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None) -> Routing:
         config = self.config
-        logits = jnp.einsum(
-            "btd,dm->btm", x.astype(jnp.float32), self.router[...], precision=lax.Precision.HIGHEST
-        )  # fmt: skip
+        logits = einsum("btd,dm->btm", x, self.router[...], dtype="float32")
         logits = constrain(logits, "bt.")
         probabilities = jax.nn.softmax(logits, axis=-1)
         biased = probabilities + self.router_bias[...] if config.router_bias_rate > 0 else probabilities

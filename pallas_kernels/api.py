@@ -399,6 +399,7 @@ def stacked_matmul(
     w: Float[Array, "L M D N"],
     layer: Int[Array, ""],
     *,
+    out_dtype=None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R M N"]:
@@ -406,11 +407,10 @@ def stacked_matmul(
 
     Args:
       w: of x's dtype; products are accumulated in float32.
-
-    Returns:
-      y, of x's dtype.
+      out_dtype: of y; None: x's.
     """
     op = "stacked_matmul"
     _check(op, x.shape[1:] == w.shape[2:3], "the shape of w", w.shape, f"D is {x.shape[1]}: [L, M, D, N]")
     _check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
-    return _choose(op, implementation, {"x": x, "w": w}, interpret)(x, w, layer)
+    run = _choose(op, implementation, {"x": x, "w": w}, interpret)
+    return run(x, w, layer, out_dtype=out_dtype or x.dtype)

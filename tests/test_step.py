@@ -123,13 +123,14 @@ def test_what_does_not_fit_is_refused_by_name(rng, unchecked_shapes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows, depth, width", [(1, 16, 16), (3, 96, 48), (40, 256, 64)])
+@pytest.mark.parametrize("rows, depth, width", [(1, 96, 48), (3, 96, 48), (40, 256, 64), (3, 32, 4)])
 @pytest.mark.parametrize("implementation", PARAMS)
 def test_stacked_matmul(rng, implementation, rows, depth, width, dtype):
     x, w = draw(rng, rows, depth, dtype=dtype), draw(rng, 3, 2, depth, width, dtype=dtype)
-    y, pull = jax.vjp(lambda x, w: api.stacked_matmul(x, w, jnp.int32(1), **IMPLEMENTATIONS[implementation]), x, w)
+    options = {"out_dtype": jnp.float32, **IMPLEMENTATIONS[implementation]}
+    y, pull = jax.vjp(lambda x, w: api.stacked_matmul(x, w, jnp.int32(1), **options), x, w)
     x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    assert y.dtype == dtype
+    assert y.dtype == jnp.float32
     assert_close(y, np.einsum("rd,mdn->rmn", x64, w64[1]), LIMITS[dtype])
     dx, dw = pull(jnp.ones_like(y))
     assert_close(dx, np.einsum("rmn,mdn->rd", np.ones(y.shape), w64[1]), LIMITS[dtype])

@@ -11,7 +11,7 @@ from mom_jax.config import ModelConfig
 from mom_jax.layers import einsum, einsum_float32, normal_param
 from mom_jax.routing import Dispatch
 from pallas_kernels import api
-from pallas_kernels.api import Place, Segments
+from pallas_kernels.api import SEGMENT_ALIGNMENT, Place, Segments
 
 Streams = dict[str, jax.Array]
 
@@ -58,6 +58,19 @@ class GatedDelta(nnx.Module):
             stack.append(getattr(self, f"shared_{name}")[...][None])
         return jnp.concatenate(stack)
 
+    def _of_all(self, name: str, x: Float[Array, "B T D"], axes: str, multiply=einsum) -> jax.Array:
+        """x times the weights of every memory, [B, T, M', *axes], for short inputs.
+
+        Not times one stack of them all, which would be a copy of them for every token.
+        """
+        products, dtype = [], self.config.dtype
+        if not self.config.single_kv_proj:
+            products.append(multiply(f"btd,md{axes}->btm{axes}", x, getattr(self, f"w_{name}")[...], dtype=dtype))
+        if self.config.shared_memory or self.config.single_kv_proj:
+            shared = multiply(f"btd,d{axes}->bt{axes}", x, getattr(self, f"shared_{name}")[...], dtype=dtype)
+            products.append(shared[:, :, None])
+        return jnp.concatenate(products, axis=2)
+
     def token_streams(self, x: Float[Array, "B T D"]) -> Streams:
         """What does not depend on the memory, once a token."""
         dtype = self.config.dtype
@@ -89,25 +102,23 @@ class GatedDelta(nnx.Module):
         if self.config.single_kv_proj:
             return {}
 
-        def project(name):
-            # Not of one stack of all weights, which would be a copy of them for every token.
-            y = einsum("btd,mdhk->btmhk", x, getattr(self, f"w_{name}")[...], dtype=self.config.dtype)
-            if self.config.shared_memory:
-                shared = einsum("btd,dhk->bthk", x, getattr(self, f"shared_{name}")[...], dtype=self.config.dtype)
-                y = jnp.concatenate([y, shared[:, :, None]], axis=2)
-            return jnp.take_along_axis(y, memories[..., None, None], axis=2)
+        def choose(name):
+            return jnp.take_along_axis(self._of_all(name, x, "hk"), memories[..., None, None], axis=2)
 
-        return {"k": project("k"), "v": project("v")}
+        return {"k": choose("k"), "v": choose("v")}
 
     def gates(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
-        """The gates of each token in each of its memories, [B, T, R, H]: one dense matmul for all memories."""
-        w = jnp.stack([self._stacked("a"), self._stacked("b")])  # [2, M', D, H]
-        raw = einsum_float32("btd,gmdh->btgmh", x, w, dtype=self.config.dtype)
+        """The gates of each token in each of its memories, [B, T, R, H]: a dense matmul for all memories, but if short."""
+        if x.shape[1] < SEGMENT_ALIGNMENT:
+            raw = jnp.stack([self._of_all(name, x, "h", einsum_float32) for name in "ab"], axis=2)
+        else:
+            w = jnp.stack([self._stacked("a"), self._stacked("b")])  # [2, M', D, H]
+            raw = einsum_float32("btd,gmdh->btgmh", x, w, dtype=self.config.dtype)
         log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(raw[:, :, 0] + self.dt_bias[...])
         gates = {"log_decay": log_decay, "beta": jax.nn.sigmoid(raw[:, :, 1])}
         if self.config.single_kv_proj:
             return {name: jnp.broadcast_to(g, memories.shape + g.shape[3:]) for name, g in gates.items()}
-        chosen = (memories[..., None] == jnp.arange(w.shape[1]))[..., None]  # [B, T, R, M', 1]
+        chosen = (memories[..., None] == jnp.arange(raw.shape[3]))[..., None]  # [B, T, R, M', 1]
         # A masked sum instead of a gather: its gradient is no scatter.
         return {name: jnp.sum(jnp.where(chosen, g[:, :, None], 0), axis=3) for name, g in gates.items()}
 

@@ -1,7 +1,8 @@
 """Few rows times a large matrix of a stack: what decoding spends its time with, bound by reading the matrices.
 
-A program has some columns of one matrix and all rows, and reads each element once; the matrix is picked out of the stack
-where it lies, which XLA would copy first.
+A program has some columns of one matrix, and reads each element once; the matrix is picked out of the stack where it lies,
+which XLA would copy first. Several rows are multiplied on the tensor cores; a row alone, and matrices of few columns, by
+sums, for which all of a program's loads are under way at once.
 """
 
 import functools
@@ -17,9 +18,10 @@ from pallas_kernels.triton.chunks import tile_of
 from pallas_kernels.triton.launch import MULTIPROCESSORS, KernelConfig, dot, launch, with_plain_gradient
 
 MOST_ROWS = 64
+SUMMED = 8192  # elements that a program multiplies at a time when it sums
 
 
-def _kernel(x_ref, w_ref, layer_ref, y_ref, *, rows: int, columns: int, depth: int):
+def _products_kernel(x_ref, w_ref, layer_ref, y_ref, *, rows: int, columns: int, depth: int):
     matrix, at = pl.program_id(1), pl.ds(pl.program_id(0) * columns, columns)
     row = lax.iota(jnp.int32, rows)
     is_row, layer = (row < x_ref.shape[0])[:, None], layer_ref[()]
@@ -33,26 +35,34 @@ def _kernel(x_ref, w_ref, layer_ref, y_ref, *, rows: int, columns: int, depth: i
     plgpu.store(y_ref.at[pl.ds(0, rows), matrix, at], acc.astype(y_ref.dtype), mask=is_row)
 
 
-def stacked_matmul(x, w, layer, *, interpret=False, config: KernelConfig | None = None):
-    """See :func:`pallas_kernels.api.stacked_matmul`.
+def _sums_kernel(x_ref, w_ref, layer_ref, y_ref, *, columns: int, depth: int):
+    matrix, row, at = pl.program_id(1), pl.program_id(2), pl.ds(pl.program_id(0) * columns, columns)
+    layer, acc = layer_ref[()], jnp.zeros((depth, columns), jnp.float32)
+    for start in range(0, x_ref.shape[1], depth):
+        x = x_ref[row, pl.ds(start, depth)].astype(jnp.float32)
+        acc += x[:, None] * w_ref[layer, matrix, pl.ds(start, depth), at].astype(jnp.float32)
+    y_ref[row, matrix, at] = jnp.sum(acc, axis=0).astype(y_ref.dtype)
 
-    Args:
-      config: ``tile`` columns a program; None: as few as give every multiprocessor some.
-    """
+
+def stacked_matmul(x, w, layer, *, out_dtype, interpret=False):
+    """See :func:`pallas_kernels.api.stacked_matmul`."""
     (rows, depth), (_, matrices, _, width) = x.shape, w.shape
-    if config is None:
-        few = matrices * width < 64 * MULTIPROCESSORS
-        config = KernelConfig(tile=32 if few else 64, num_warps=4, num_stages=4 if x.dtype == jnp.bfloat16 else 2)
-    columns = tile_of(width, config.tile)
+    by_sums = rows == 1 or width % 16
+    columns = tile_of(width, 32 if matrices * width < 64 * MULTIPROCESSORS else 64)
+    if by_sums:
+        sizes = {"columns": columns, "depth": tile_of(depth, SUMMED // columns)}
+        body, grid, config = _sums_kernel, (width // columns, matrices, rows), KernelConfig(columns, num_warps=8)
+    else:
+        sizes = {"rows": max(16, pl.next_power_of_2(rows)), "columns": columns, "depth": tile_of(depth, 128)}
+        config = KernelConfig(columns, num_stages=4 if x.dtype == jnp.bfloat16 else 2)
+        body, grid = _products_kernel, (width // columns, matrices)
 
     def kernel(layer, x, w):
         return launch(
-            functools.partial(
-                _kernel, rows=max(16, pl.next_power_of_2(rows)), columns=columns, depth=tile_of(depth, 128)
-            ),
-            x, w, layer, name="stacked_matmul", grid=(width // columns, matrices), in_specs=[pl.BlockSpec()] * 3,
-            out_specs=pl.BlockSpec(), out_shape=jax.ShapeDtypeStruct((rows, matrices, width), x.dtype), config=config,
+            functools.partial(body, **sizes), x, w, layer, name="stacked_matmul", grid=grid, in_specs=[pl.BlockSpec()] * 3,
+            out_specs=pl.BlockSpec(), out_shape=jax.ShapeDtypeStruct((rows, matrices, width), out_dtype), config=config,
             interpret=interpret,
         )  # fmt: skip
 
-    return with_plain_gradient(kernel, lambda layer, x, w: plain.stacked_matmul(x, w, layer), layer, x, w)
+    reference = functools.partial(plain.stacked_matmul, out_dtype=out_dtype)
+    return with_plain_gradient(kernel, lambda layer, x, w: reference(x, w, layer), layer, x, w)
