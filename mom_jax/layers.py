@@ -27,7 +27,7 @@ def ones_param(*shape: int) -> nnx.Param:
 class LayerWeight:
     """A layer's weight where it lies in the stack of its run, for the few rows of decoding: nothing is copied out of it.
 
-    Stands for the array in :func:`einsum` and :func:`einsum_float32` only, and is no pytree.
+    Stands for the array in :func:`einsum`, :func:`einsum_float32` and :func:`einsums` only, and is no pytree.
     """
 
     def __init__(self, stack: jax.Array, layer: jax.Array, implementation: str | None):
@@ -41,24 +41,37 @@ class LayerWeight:
         """Whether a parameter can be given as one to a model that computes in ``dtype``."""
         return name == "router" or name.startswith(("w_", "shared_", "attention_")) and stack.dtype == dtype
 
-    def multiply(self, equation: str, x: jax.Array, out_dtype=None) -> jax.Array:
-        """For equations "...d,mde->...me": the last axes of x are contracted, before which w may have one of its own."""
+
+def einsums(x: jax.Array, products: dict[str, tuple[str, Any]], *, dtype, out_dtype=None) -> dict[str, jax.Array]:
+    """Several products of one x by name, each an equation "...d,mde->...me" and its weight; x's last axes are contracted.
+
+    Of layers' weights in place they are one pass over all of them; each weight may have one axis before the contracted.
+
+    Args:
+      out_dtype: float32, or None: the compute type ``dtype``.
+    """
+    if not all(isinstance(w, LayerWeight) for _, w in products.values()):
+        multiply = einsum if out_dtype is None else einsum_float32
+        return {name: multiply(equation, x, w, dtype=dtype) for name, (equation, w) in products.items()}
+    weights, shapes = [], []
+    for equation, weight in products.values():
         of_x, of_w, of_y = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation).groups()
         contracted = [letter for letter in of_x if letter not in of_y]
         before, count = of_w.index(contracted[0]), len(contracted)
-        shape, rows = self.stack.shape[1:], x.shape[:-count]
-        width = math.prod(x.shape[-count:])
-        w = self.stack.reshape(self.stack.shape[0], math.prod(shape[:before]), width, -1)
-        x = x.reshape(-1, width)
-        y = stacked_matmul(x, w, self.layer, out_dtype=out_dtype, implementation=self.implementation)
-        return y.reshape(*rows, *shape[:before], *shape[before + count :])
+        width, shape = math.prod(x.shape[-count:]), weight.stack.shape[1:]
+        weights.append(weight.stack.reshape(weight.stack.shape[0], math.prod(shape[:before]), width, -1))
+        shapes.append((*x.shape[:-count], *shape[:before], *shape[before + count :]))
+    found = stacked_matmul(
+        x.reshape(-1, width).astype(dtype), tuple(weights), weight.layer, out_dtype=out_dtype,
+        implementation=weight.implementation,
+    )  # fmt: skip
+    return {name: y.reshape(shape) for name, y, shape in zip(products, found, shapes, strict=True)}
 
 
 def einsum(equation: str, *operands: jax.Array | LayerWeight, dtype) -> jax.Array:
     """Einsum with operands and result in the compute type; products are accumulated in float32."""
     if isinstance(operands[-1], LayerWeight):
-        x, w = operands
-        return w.multiply(equation, x.astype(dtype))
+        return einsums(operands[0], {"": (equation, operands[1])}, dtype=dtype)[""]
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
     return jnp.einsum(equation, *(x.astype(dtype) for x in operands), precision=precision)
 
@@ -69,8 +82,7 @@ def einsum_float32(equation: str, *operands: jax.Array | LayerWeight, dtype) -> 
     The algorithm is named, because the gradient's operands are float32 and would be multiplied as such.
     """
     if isinstance(operands[-1], LayerWeight):
-        x, w = operands
-        return w.multiply(equation, x.astype(dtype), jnp.float32)
+        return einsums(operands[0], {"": (equation, operands[1])}, dtype=dtype, out_dtype=jnp.float32)[""]
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.DotAlgorithmPreset.BF16_BF16_F32
     operands = [x.astype(dtype) for x in operands]
     return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
@@ -120,7 +132,7 @@ class SwiGLU(nnx.Module):
         self.w_down = normal_param(rngs, config, config.mlp_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = einsum("btd,df->btf", x, self.w_gate[...], dtype=self.dtype)
-        up = einsum("btd,df->btf", x, self.w_up[...], dtype=self.dtype)
-        hidden = constrain(jax.nn.silu(gate) * up, "btf")
+        equation = "btd,df->btf"
+        y = einsums(x, {"gate": (equation, self.w_gate[...]), "up": (equation, self.w_up[...])}, dtype=self.dtype)
+        hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], "btf")
         return constrain(einsum("btf,fd->btd", hidden, self.w_down[...], dtype=self.dtype), "btd")

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import LayerState, einsum, normal_param, ones_param
+from mom_jax.layers import LayerState, einsum, einsums, normal_param, ones_param
 from mom_jax.routing import Dispatch, Router, Routing
 from mom_jax.sharding import constrain
 from mom_jax.update_rules import UPDATE_RULES
@@ -91,12 +91,9 @@ class MixtureOfMemories(nnx.Module):
         Returns:
           y, the routing, and the layers' states [layers, B, ...] after the piece.
         """
-        routing, gate = self.router(x, mask), None
-        if self.config.use_output_gate:
-            # The barrier keeps XLA from making one product of this and the queries', whose halves it then copies.
-            gate = einsum("btd,dhv->bthv", lax.optimization_barrier(x), self.w_g[...], dtype=self.config.dtype)
+        routing = self.router(x, mask)
         run = self._step_through if x.shape[1] < SEGMENT_ALIGNMENT else self._run_dispatched
-        o, new_state = run(x, routing, gate, mask, documents, state)
+        o, new_state = run(x, routing, mask, documents, state)
         y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype)
         return constrain(y, "btd"), routing, None if state is None else new_state
 
@@ -104,7 +101,11 @@ class MixtureOfMemories(nnx.Module):
         bias = getattr(self, f"conv_{stream}_bias")[...] if self.config.conv_bias else None
         return getattr(self, f"conv_{stream}")[...], bias
 
-    def _run_dispatched(self, x, routing, gate, mask, documents, state):
+    def _run_dispatched(self, x, routing, mask, documents, state):
+        gate = None
+        if self.config.use_output_gate:
+            # The barrier keeps XLA from making one product of this and the queries', whose halves it then copies.
+            gate = einsum("btd,dhv->bthv", lax.optimization_barrier(x), self.w_g[...], dtype=self.config.dtype)
         dispatch = Dispatch.of(routing.memories, mask, self.num_memories, self.config.shared_memory)
         segments, where = dispatch.segments, {"token_of": dispatch.token_of, "slot_of": dispatch.slot_of}
         run_ids = None if documents is None else dispatch.integers_to_slots(documents)
@@ -139,14 +140,13 @@ class MixtureOfMemories(nnx.Module):
         )  # fmt: skip
         return o, state
 
-    def _step_through(self, x, routing, gate, mask, documents, state):
+    def _step_through(self, x, routing, mask, documents, state):
         batch, num_tokens = x.shape[:2]
-        memories = routing.memories
-        shape = memories.shape
-        streams = {
-            name: jnp.broadcast_to(stream[:, :, None], shape + stream.shape[2:])
-            for name, stream in self.rule.token_streams(x).items()
-        } | self.rule.chosen_streams(x, memories)
+        memories, products = routing.memories, self.rule.projections()
+        if self.config.use_output_gate:
+            products["gate"] = "btd,dhv->bthv", self.w_g[...]
+        products = einsums(x, products, dtype=self.config.dtype)
+        streams, gate = self.rule.chosen_streams(products, memories), products.get("gate")
         gates = self.rule.gates(x, memories)
         real = jnp.ones((batch, num_tokens), bool) if mask is None else mask
         documents = jnp.zeros((batch, num_tokens), jnp.int32) if documents is None else documents

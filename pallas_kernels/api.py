@@ -396,21 +396,25 @@ def short_convolution_step(
 
 def stacked_matmul(
     x: Float[Array, "R D"],
-    w: Float[Array, "L M D N"],
+    weights: tuple[Float[Array, "L _ D _"], ...],
     layer: Int[Array, ""],
     *,
     out_dtype=None,
     implementation: str | None = None,
     interpret: bool = False,
-) -> Float[Array, "R M N"]:
-    """y_m = x w[layer, m] for a few rows x, such as those of a step of decoding, whatever the size of the stack.
+) -> tuple[Float[Array, "R _ _"], ...]:
+    """y_m = x w[layer, m] for a few rows x, such as those of a step of decoding, whatever the size of the stacks w.
 
     Args:
-      w: of x's dtype; products are accumulated in float32.
-      out_dtype: of y; None: x's.
+      weights: [L, M, D, N] each, of x's dtype; products are accumulated in float32.
+      out_dtype: of the results; None: x's.
+
+    Returns:
+      y [R, M, N] for each.
     """
     op = "stacked_matmul"
-    _check(op, x.shape[1:] == w.shape[2:3], "the shape of w", w.shape, f"D is {x.shape[1]}: [L, M, D, N]")
-    _check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
-    run = _choose(op, implementation, {"x": x, "w": w}, interpret)
-    return run(x, w, layer, out_dtype=out_dtype or x.dtype)
+    for w in weights:
+        _check(op, w.ndim == 4 and x.shape[1:] == w.shape[2:3], "the shape of w", w.shape, f"[L, M, D = {x.shape[1]}, N]")
+        _check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
+    run = _choose(op, implementation, {"x": x}, interpret)
+    return run(x, weights, layer, out_dtype=out_dtype or x.dtype)

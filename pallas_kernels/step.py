@@ -101,8 +101,10 @@ def short_convolution_step(streams, weights, biases, histories, place: Place, *,
     return outputs, after
 
 
-def stacked_matmul(x, w, layer, *, out_dtype):
+def stacked_matmul(x, weights, layer, *, out_dtype):
     """See :func:`pallas_kernels.api.stacked_matmul`."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.DotAlgorithmPreset.BF16_BF16_F32
-    y = jnp.einsum("rd,mdn->rmn", x, w[layer], precision=precision, preferred_element_type=jnp.float32)
-    return y.astype(out_dtype)
+    products = (
+        jnp.einsum("rd,mdn->rmn", x, w[layer], precision=precision, preferred_element_type=jnp.float32) for w in weights
+    )
+    return tuple(y.astype(out_dtype) for y in products)

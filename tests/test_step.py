@@ -123,20 +123,23 @@ def test_what_does_not_fit_is_refused_by_name(rng, unchecked_shapes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows, depth, width", [(1, 96, 48), (3, 96, 48), (40, 256, 64), (3, 32, 4)])
+@pytest.mark.parametrize("rows, depth, widths", [(1, 96, (48, 64)), (3, 96, (48, 16)), (40, 256, (64,)), (3, 32, (4, 16))])
 @pytest.mark.parametrize("implementation", PARAMS)
-def test_stacked_matmul(rng, implementation, rows, depth, width, dtype):
-    x, w = draw(rng, rows, depth, dtype=dtype), draw(rng, 3, 2, depth, width, dtype=dtype)
+def test_stacked_matmul(rng, implementation, rows, depth, widths, dtype):
+    """Several stacks of different numbers of matrices in one call; the gradient reaches one layer only."""
+    x = draw(rng, rows, depth, dtype=dtype)
+    weights = tuple(draw(rng, 3, 2 + i, depth, width, dtype=dtype) for i, width in enumerate(widths))
     options = {"out_dtype": jnp.float32, **IMPLEMENTATIONS[implementation]}
-    y, pull = jax.vjp(lambda x, w: api.stacked_matmul(x, w, jnp.int32(1), **options), x, w)
-    x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    assert y.dtype == jnp.float32
-    assert_close(y, np.einsum("rd,mdn->rmn", x64, w64[1]), LIMITS[dtype])
-    dx, dw = pull(jnp.ones_like(y))
-    assert_close(dx, np.einsum("rmn,mdn->rd", np.ones(y.shape), w64[1]), LIMITS[dtype])
-    assert not np.asarray(dw)[[0, 2]].any() and np.asarray(dw)[1].any()
+    ys, pull = jax.vjp(lambda x, weights: api.stacked_matmul(x, weights, jnp.int32(1), **options), x, weights)
+    x64, w64 = np.asarray(x, np.float64), [np.asarray(w, np.float64) for w in weights]
+    assert all(y.dtype == jnp.float32 for y in ys)
+    assert_close(ys, tuple(np.einsum("rd,mdn->rmn", x64, w[1]) for w in w64), LIMITS[dtype])
+    dx, dws = pull(jax.tree.map(jnp.ones_like, ys))
+    expected = sum(np.einsum("rmn,mdn->rd", np.ones(y.shape), w[1]) for y, w in zip(ys, w64, strict=True))
+    assert_close(dx, expected, LIMITS[dtype])
+    assert all(not np.asarray(dw)[[0, 2]].any() and np.asarray(dw)[1].any() for dw in dws)
 
 
 def test_many_rows_are_left_to_xla(rng):
     with pytest.raises(NotImplementedError, match="65 rows"):
-        api.stacked_matmul(draw(rng, 65, 16), draw(rng, 1, 1, 16, 16), jnp.int32(0), **IMPLEMENTATIONS["interpreted"])
+        api.stacked_matmul(draw(rng, 65, 16), (draw(rng, 1, 1, 16, 16),), jnp.int32(0), **IMPLEMENTATIONS["interpreted"])

@@ -1,6 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464), the update rule of the official MoM layer."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import einsum, einsum_float32, normal_param
+from mom_jax.layers import einsum, einsum_float32, einsums, normal_param
 from mom_jax.routing import Dispatch
 from pallas_kernels import api
 from pallas_kernels.api import SEGMENT_ALIGNMENT, Place, Segments
@@ -58,18 +59,39 @@ class GatedDelta(nnx.Module):
             stack.append(getattr(self, f"shared_{name}")[...][None])
         return jnp.concatenate(stack)
 
-    def _of_all(self, name: str, x: Float[Array, "B T D"], axes: str, multiply=einsum) -> jax.Array:
-        """x times the weights of every memory, [B, T, M', *axes], for short inputs.
+    def _side_by_side(self, *names: str) -> dict[str, tuple[str, Any]]:
+        """Products with the weights of every memory, for short inputs.
 
-        Not times one stack of them all, which would be a copy of them for every token.
+        Not with one stack of them all, which would be a copy of them for every token.
         """
-        products, dtype = [], self.config.dtype
-        if not self.config.single_kv_proj:
-            products.append(multiply(f"btd,md{axes}->btm{axes}", x, getattr(self, f"w_{name}")[...], dtype=dtype))
-        if self.config.shared_memory or self.config.single_kv_proj:
-            shared = multiply(f"btd,d{axes}->bt{axes}", x, getattr(self, f"shared_{name}")[...], dtype=dtype)
-            products.append(shared[:, :, None])
-        return jnp.concatenate(products, axis=2)
+        products = {}
+        for name in names:
+            axes = "hk" if name in "kv" else "h"
+            if not self.config.single_kv_proj:
+                products[f"w_{name}"] = f"btd,md{axes}->btm{axes}", getattr(self, f"w_{name}")[...]
+            if self.config.shared_memory or self.config.single_kv_proj:
+                products[f"shared_{name}"] = f"btd,d{axes}->bt{axes}", getattr(self, f"shared_{name}")[...]
+        return products
+
+    def _of_all(self, name: str, products: dict[str, jax.Array]) -> jax.Array:
+        """Those of ``_side_by_side`` as [B, T, M', ...], the shared memory the last."""
+        parts = [products[f"w_{name}"]] if f"w_{name}" in products else []
+        if f"shared_{name}" in products:
+            parts.append(products[f"shared_{name}"][:, :, None])
+        return jnp.concatenate(parts, axis=2)
+
+    def projections(self) -> dict[str, tuple[str, Any]]:
+        """The products of x that the streams of a short input are made of, as ``einsums`` takes them."""
+        return {"q": ("btd,dhk->bthk", self.w_q[...])} | self._side_by_side("k", "v")
+
+    def chosen_streams(self, products: dict[str, jax.Array], memories: Int[Array, "B T R"]) -> Streams:
+        """The streams of each token in each of its memories, [B, T, R, H, ...], of the products of a short input."""
+        streams = {"q": products["q"][:, :, None]}
+        for name in "kv":
+            y = self._of_all(name, products)
+            at = jnp.zeros_like(memories) if self.config.single_kv_proj else memories
+            streams[name] = jnp.take_along_axis(y, at[..., None, None], axis=2)
+        return {name: jnp.broadcast_to(s, memories.shape + s.shape[3:]) for name, s in streams.items()}
 
     def token_streams(self, x: Float[Array, "B T D"]) -> Streams:
         """What does not depend on the memory, once a token."""
@@ -94,23 +116,11 @@ class GatedDelta(nnx.Module):
         k, v = (y.reshape(*y.shape[:2], *w.shape[2:]) for y, w in zip(products, weights, strict=True))
         return {"k": k, "v": v}
 
-    def chosen_streams(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
-        """What depends on the memory, for each token in each of its memories, [B, T, R, H, ...]: for short inputs.
-
-        All memories are multiplied, which reads each weight once, and the chosen ones kept.
-        """
-        if self.config.single_kv_proj:
-            return {}
-
-        def choose(name):
-            return jnp.take_along_axis(self._of_all(name, x, "hk"), memories[..., None, None], axis=2)
-
-        return {"k": choose("k"), "v": choose("v")}
-
     def gates(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
         """The gates of each token in each of its memories, [B, T, R, H]: a dense matmul for all memories, but if short."""
         if x.shape[1] < SEGMENT_ALIGNMENT:
-            raw = jnp.stack([self._of_all(name, x, "h", einsum_float32) for name in "ab"], axis=2)
+            products = einsums(x, self._side_by_side("a", "b"), dtype=self.config.dtype, out_dtype=jnp.float32)
+            raw = jnp.stack([self._of_all(name, products) for name in "ab"], axis=2)
         else:
             w = jnp.stack([self._stacked("a"), self._stacked("b")])  # [2, M', D, H]
             raw = einsum_float32("btd,gmdh->btgmh", x, w, dtype=self.config.dtype)
