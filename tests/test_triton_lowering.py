@@ -2,15 +2,18 @@
 
 import collections
 import importlib.util
+import math
 import re
 from pathlib import Path
 
 import jax
 import jax.experimental.topologies
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
 from models import small
 
+from mom_jax.layers import cast_weights
 from mom_jax.model import bind, init_params
 from mom_jax.training import loss_and_metrics
 from pallas_kernels import api
@@ -103,7 +106,7 @@ def compile_for(kind, function, arguments):
     )
     device = SingleDeviceSharding(topology.devices[0])
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), arguments)
-    lower(function, *arguments, kind=kind).compile()
+    return lower(function, *arguments, kind=kind).compile()
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
@@ -172,3 +175,48 @@ def test_model_uses_the_kernels(remat, implementation):
         kept = ("grouped_matmul", "gated_rms_norm", "recurrence_prepare", "recurrence_inverse")
         expected |= {name: forward[name] for name in kept}
     assert kernels(lower(gradient, *arguments)) == expected
+
+
+def decode_step(rows, kind="mom", **overrides):
+    """A step of decoding, and its arguments' shapes, the state the last."""
+    config = small(kind, **overrides)
+    params, variables = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda p: cast_weights(p, config.dtype, of_embedding=True), params)
+
+    def step(params, variables, tokens, state):
+        model = bind(config, params, variables)
+        out = model.hidden(tokens, state=state)
+        return model.logits(out.hidden), out.state
+
+    state = jax.eval_shape(lambda: bind(config, *init_params(config, jax.random.key(0))).init_state(rows, 160))
+    return step, (params, variables, jax.ShapeDtypeStruct((rows, 1), "int32"), state)
+
+
+@pytest.mark.parametrize(("kind", "mom_layers", "products"), [("mom", 1, 6), ("single_kv", 1, 6), ("hybrid", 2, 6 + 6 + 6)])
+def test_decoding_uses_the_kernels(kind, mom_layers, products):
+    """Products of a MoM layer: router, gates, projections, output, MLP in and out; of attention q, k, v, o and the MLP."""
+    step, arguments = decode_step(3, kind)
+    found = kernels(lower(step, *arguments))
+    of_memories = {"recurrence_step": mom_layers, "short_convolution_step": mom_layers}
+    assert found == of_memories | {"stacked_matmul": products}
+
+
+@needs_plugin
+@pytest.mark.parametrize("rows", [1, 32, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_decoding_compiles_and_copies_no_state(rows, dtype):
+    """With the widths of the paper's model. Beside its arguments a step in a loop needs little."""
+    wide = dict(vocab_size=1000, num_layers=3, hidden_size=1024, num_heads=4, head_dim=256, expand_v=1.0, dtype=dtype)
+    step, (params, variables, tokens, state) = decode_step(rows, **wide)
+
+    def loop(params, variables, tokens, state, count):
+        def body(carry):
+            n, tokens, state = carry
+            logits, state = step(params, variables, tokens, state)
+            return n + 1, jnp.argmax(logits, axis=-1).astype(jnp.int32), state
+
+        return jax.lax.while_loop(lambda carry: carry[0] < count, body, (0, tokens, state))
+
+    compiled = compile_for(H200, loop, (params, variables, tokens, state, jax.ShapeDtypeStruct((), "int32")))
+    state_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert compiled.memory_analysis().temp_size_in_bytes < max(state_bytes / 4, 2**25)
