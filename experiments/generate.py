@@ -1,14 +1,14 @@
 """Continue prompts with a trained model: on the terminal as the tokens come, or a whole file of them in batches.
 
-    python experiments/generate.py --run runs/shakespeare --prompt "To be, or not" --sampling.temperature 0.8
+    python experiments/generate.py --model runs/shakespeare --prompt "To be, or not" --sampling.temperature 0.8
     python experiments/generate.py --model HUGGING_FACE_DIRECTORY --prompt-file story.txt --max-new-tokens 1000
-    python experiments/generate.py --run runs/mine --batch-file prompts.jsonl --output continued.jsonl --batch-size 32
+    python experiments/generate.py --model runs/mine --batch-file prompts.jsonl --output continued.jsonl --batch-size 32
 
---run is a directory that experiments/train_lm.py wrote; --model one in the official Hugging Face layout, tokenizer.json too.
-Without --prompt, --prompt-file and --batch-file the prompt is read from the standard input. A batch file has a prompt in
-each line, or, if its name ends in .jsonl, {"prompt": ...}; each line of the output is {"index", "prompt", "text", "ids",
-"ended"}, the index being the line's number from 0, in no certain order. The same command continues an output that was
-interrupted: what is in it is not generated again.
+--model is a directory that train_lm.py, export_checkpoint.py or import_checkpoint.py wrote, or one in the official Hugging
+Face layout with its tokenizer.json. Without --prompt, --prompt-file and --batch-file the prompt is read from the standard
+input. A batch file has a prompt in each line, or, if its name ends in .jsonl, {"prompt": ...}; each line of the output is
+{"index", "prompt", "text", "ids", "ended"}, the index being the line's number from 0, in no certain order. The same command
+continues an output that was interrupted: what is in it is not generated again.
 """
 
 import json
@@ -23,14 +23,13 @@ import tyro
 from cli import run
 from tqdm import tqdm
 
+import mom_jax
 from mom_jax.config import require
 from mom_jax.config_io import save_config, to_dict
 from mom_jax.generation import generate, inference_model, new_text, prompt_ids
-from mom_jax.hf import load_pretrained
 from mom_jax.model import MoMLanguageModel
-from mom_jax.runs import load_run
 from mom_jax.sampling import Sampling
-from mom_jax.token_files import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer, read_tokenizer_file
+from mom_jax.token_files import TOKENIZER_FILE, Tokenizer
 
 PLACES = ("batch_file", "output", "batch_size")
 """Settings that may differ when an output is continued: the prompts themselves are compared."""
@@ -40,12 +39,10 @@ PLACES = ("batch_file", "output", "batch_size")
 class Generate:
     """What to continue with what."""
 
-    run: str | None = None
-    """Directory of a training run."""
+    model: str
+    """Directory of a training run or an inference checkpoint, or in the Hugging Face layout."""
     best: bool = False
     """Of a run: the checkpoint of lowest held-out loss instead of the newest one."""
-    model: str | None = None
-    """Directory in the Hugging Face layout, instead of a run."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; None: the model's own."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -73,8 +70,6 @@ class Generate:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self):
-        require((self.run is None) != (self.model is None), "run", self.run, "give either --run or --model")
-        require(not self.best or self.run is not None, "best", self.best, "only a --run has checkpoints to choose from")
         prompts = [name for name in ("prompt", "prompt_file", "batch_file") if getattr(self, name)]
         for name in prompts[1:]:
             require(False, name, getattr(self, name), f"there is already --{prompts[0].replace('_', '-')}")
@@ -88,19 +83,9 @@ class Generate:
 def load(config: Generate) -> tuple[MoMLanguageModel, Tokenizer]:
     """The model, ready for inference, and its tokenizer."""
     overrides = {} if config.dtype is None else {"dtype": config.dtype}
-    if config.run is not None:
-        loaded = load_run(config.run, best=config.best, **overrides)
-        return inference_model(loaded.model), loaded.tokenizer
-    model = inference_model(load_pretrained(config.model, **overrides))
-    tokenizer = read_tokenizer_file(Path(config.model) / TOKENIZER_FILE)
-    # What the file itself puts before a text tells whether the model knows documents to begin so.
-    begins = model.config.bos_token_id in tokenizer.encode("").ids
-    bos_id, eos_id = model.config.bos_token_id if begins else None, model.config.eos_token_id
-    require(eos_id is not None, "eos_token_id", eos_id, f"{config.model}/config.json must name it")
-    tokenizer = HuggingFaceTokenizer(tokenizer, eos_id, bos_id)
-    needed, vocab_size = tokenizer.vocab_size, model.config.vocab_size
-    require(needed <= vocab_size, "the model's vocab_size", vocab_size, f"its {TOKENIZER_FILE} needs {needed}")
-    return model, tokenizer
+    model, tokenizer = mom_jax.load(config.model, best=config.best, **overrides)
+    require(tokenizer is not None, "model", config.model, f"it must have a tokenizer, {TOKENIZER_FILE}")
+    return inference_model(model), tokenizer
 
 
 def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None]) -> Callable[..., None]:

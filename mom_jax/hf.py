@@ -161,12 +161,15 @@ def prepare_tensors(weights: Weights, dtype: str | None, max_shard_bytes: float,
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
-    if (directory / "checkpoints").is_dir():
-        raise ValueError(f"{directory} is the directory of a training run: mom_jax.load_run reads it")
+    for folder, kind in (("checkpoints", "a training run"), ("weights", "an inference checkpoint")):
+        if (directory / folder).is_dir():
+            raise ValueError(f"{directory} is the directory of {kind}: mom_jax.load reads it")
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}; models are read from disk, never downloaded")
     if not path.exists() and any(directory.glob(f"{ASIDE}*")):
         raise FileNotFoundError(f"{path} is missing: a save was interrupted, whose other files are in {directory}/{ASIDE}*")
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} holds no model: it has neither {CONFIG} nor a training run's checkpoints/")
     return read_json(path)
 
 

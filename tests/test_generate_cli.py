@@ -175,8 +175,7 @@ def test_an_output_of_something_else_is_refused(call, tmp_path):
 @pytest.mark.parametrize(
     "flags, status, message",
     [
-        (["--run", "runs/mine"], 2, "--run = 'runs/mine' is not allowed: give either --run or --model"),
-        (["--best"], 2, "--best = True is not allowed: only a --run has checkpoints to choose from"),
+        (["--best", "--prompt", "a"], 1, "is no training run, which alone has checkpoints to choose from"),
         (["--prompt", "a", "--prompt-file", "b"], 2, "--prompt-file = 'b' is not allowed: there is already --prompt"),
         (["--batch-file", "a"], 2, "--batch-file = 'a' is not allowed: it needs --output"),
         (["--output", "a"], 2, "--output = 'a' is not allowed: it needs --batch-file"),
@@ -204,8 +203,17 @@ def test_lines_without_a_prompt_are_named(tmp_path):
         script.read_prompts(path)
 
 
-def test_a_model_without_a_tokenizer_is_refused(tmp_path, directory):
+def test_a_model_without_a_tokenizer_that_fits_is_refused(tmp_path, directory):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
-    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+    with pytest.raises(ValueError, match="model = .* is not allowed: it must have a tokenizer, tokenizer.json"):
+        loaded(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the model's vocab_size = 258 is not allowed: .*tokenizer.json needs 259"):
+        loaded(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="eos_token_id = None is not allowed: the config.json beside .* must name it"):
         loaded(tmp_path)

@@ -284,8 +284,7 @@ def test_a_tokenizer_file_comes_along(tmp_path):
     make_run(tmp_path / "run", small(bos_token_id=2, eos_token_id=3), HuggingFaceTokenizer(tokenizer, 3, 2))
     to_inference_checkpoint(open_source(tmp_path / "run"), tmp_path / "orbax")
     to_hugging_face(open_source(tmp_path / "orbax"), tmp_path / "hf")
-    original = (tmp_path / "run/tokenizer/tokenizer.json").read_bytes()
-    assert (tmp_path / "hf/tokenizer.json").read_bytes() == original
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json")).encode("ab").ids == [2, 0, 1]
     assert json.loads((tmp_path / "hf/special_tokens_map.json").read_text()) == {"bos_token": "<s>", "eos_token": "</s>"}
     for name in ("run", "orbax", "hf"):
         loaded = mom_jax.load(tmp_path / name).tokenizer
