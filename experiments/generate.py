@@ -11,6 +11,7 @@ input. A batch file has a prompt in each line, or, if its name ends in .jsonl, {
 continues an output that was interrupted: what is in it is not generated again.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -19,13 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from cli import run
 from tqdm import tqdm
 
 import mom_jax
 from mom_jax.config import require
-from mom_jax.config_io import save_config, to_dict
+from mom_jax.config_io import to_dict
+from mom_jax.files import read_json, write_json
 from mom_jax.generation import generate, inference_model, new_text, prompt_ids
 from mom_jax.model import MoMLanguageModel
 from mom_jax.sampling import Sampling
@@ -88,14 +91,15 @@ def load(config: Generate) -> tuple[MoMLanguageModel, Tokenizer]:
     return inference_model(model), tokenizer
 
 
-def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None]) -> Callable[..., None]:
-    """A callback that writes the new text of a row; what may be half a character waits for the rest, or for ``is_last``."""
+def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None], heading: str = "") -> Callable[..., None]:
+    """A callback that writes the heading and the new text of a row; what may be half a character waits for the rest, or for
+    ``is_last``."""
     context, ids, written = tokenizer.encode(prompt), [], ""
 
     def more(new: list[list[int]], is_last: bool = False) -> None:
         nonlocal written
         ids.extend(*new)
-        text = new_text(tokenizer, context, ids)
+        text = heading + new_text(tokenizer, context, ids)
         text = text if is_last else text.rstrip("\ufffd")
         write(text[len(written) :])
         written = text
@@ -106,23 +110,33 @@ def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None]) -> 
 def stream(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
     prompts = list(config.prompt)
     if not prompts:
-        text = Path(config.prompt_file).read_text(encoding="utf-8") if config.prompt_file else sys.stdin.read()
-        prompts = [text.removesuffix("\n")]
+        prompts = [read_text(config.prompt_file).removesuffix("\n")]
 
     def write(text):
         print(text, end="", flush=True)
 
     for index, prompt in enumerate(prompts):
-        write(("\n" + "-" * 80 + "\n" if index else "") + (prompt if config.echo else ""))
-        more = printer(tokenizer, prompt, write)
+        # With the first tokens, so that a prompt that is refused is not printed.
+        heading = ("\n" + "-" * 80 + "\n" if index else "") + (prompt if config.echo else "")
+        more = printer(tokenizer, prompt, write, heading)
         generate(model, [prompt], seed=config.seed + index, callback=more, block=4, tokenizer=tokenizer, **settings)
         more([[]], is_last=True)
         write("\n")
 
 
+def read_text(path: str | Path | None) -> str:
+    """The text in a file, or of the standard input; ``ValueError`` naming it if it is no UTF-8."""
+    try:
+        text = sys.stdin.read() if path is None else Path(path).read_text(encoding="utf-8")
+        text.encode()  # Python may have read the standard input without a complaint
+        return text
+    except UnicodeError as error:
+        raise ValueError(f"{path or 'the standard input'} is no UTF-8 text: {error.reason} at {error.start}") from None
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a batch file; ``ValueError`` naming the line that has none."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     require(text != "", "batch_file", str(path), "it must have at least one line")
     lines = text.removesuffix("\n").split("\n")
     if path.suffix != ".jsonl":
@@ -131,21 +145,23 @@ def read_prompts(path: Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
         try:
             prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
-            prompts.append(None)
-        require(isinstance(prompts[-1], str), f"{path}, line {number}", line[:80], 'it must be {"prompt": "text"}')
+            prompts[-1].encode()  # JSON can write half a surrogate pair
+        except (ValueError, KeyError, TypeError, AttributeError):
+            require(False, f"{path}, line {number}", line[:80], 'it must be {"prompt": "text"}')
     return prompts
 
 
-def read_done(config: Generate, prompts: list[str]) -> set[int]:
+def read_done(config: Generate, model: MoMLanguageModel, prompts: list[str]) -> set[int]:
     """Indices of the prompts that the output already continues; half a line at its end, left by a kill, is cut off."""
-    output, settings = Path(config.output), Path(f"{config.output}.config.json")
+    output, path = Path(config.output), Path(f"{config.output}.config.json")
+    # Every step of training changes the last norm: so a run that has gone on since is known as another model.
+    settings = to_dict(config) | {"weights": hashlib.sha256(np.asarray(model.final_norm[...])).hexdigest()}
     if not output.exists():
-        save_config(settings, config)
+        write_json(path, settings)
         output.touch()
-    require(settings.is_file(), "output", config.output, f"it exists without {settings.name}: choose another file")
-    former = json.loads(settings.read_text(encoding="utf-8"))
-    differ = [name for name, value in to_dict(config).items() if name not in PLACES and former.get(name) != value]
+    require(path.is_file(), "output", config.output, f"it exists without {path.name}: choose another file")
+    former = read_json(path)
+    differ = [name for name, value in settings.items() if name not in PLACES and former.get(name) != value]
     allowed = f"it holds continuations of other settings ({', '.join(differ)}): choose another file, or delete it"
     require(not differ, "output", config.output, allowed)
     *lines, torn = output.read_bytes().split(b"\n")
@@ -160,7 +176,7 @@ def read_done(config: Generate, prompts: list[str]) -> set[int]:
 def run_batches(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
     prompts = read_prompts(Path(config.batch_file))
     ids = [prompt_ids(model.config, text, f"prompt {i} of the file", tokenizer) for i, text in enumerate(prompts)]
-    done = read_done(config, prompts)
+    done = read_done(config, model, prompts)
     # The longest first: what does not fit is found at once.
     by_length = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
     # Batches are cut from the whole file: so an interrupted output is continued in the same ones.

@@ -53,8 +53,8 @@ def call(directory, monkeypatch, capsys):
             return capsys.readouterr().out
         with pytest.raises(SystemExit, match=str(status)):
             cli.run(script.Generate, script.main, script.__doc__)
-        error = capsys.readouterr().err
-        assert error.startswith("generate.py: error: ") and error.count("\n") == 1
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith("generate.py: error: ") and error.count("\n") == 1
         return error
 
     return call
@@ -87,6 +87,9 @@ def test_a_prompt_comes_from_a_file_or_the_standard_input(directory, call, monke
     assert call("--prompt-file", str(tmp_path / "prompt.txt")) == text
     monkeypatch.setattr(sys, "stdin", io.StringIO("line\nend\n"))
     assert call() == text
+    (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
+    error = call("--prompt-file", str(tmp_path / "prompt.txt"), status=1)
+    assert error.endswith("prompt.txt is no UTF-8 text: invalid start byte at 2\n")
 
 
 def test_half_a_character_is_held_back(directory):
@@ -194,7 +197,7 @@ def test_refusals_are_one_line_that_names_the_flag(call, flags, status, message)
 
 def test_lines_without_a_prompt_are_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    for line in ("[]", "{}", "{", '{"prompt": 1}', '"text"'):
+    for line in ("[]", "{}", "{", '{"prompt": 1}', '"text"', '{"prompt": "\\ud800"}'):
         path.write_text('{"prompt": ""}\n' + line + "\n")
         with pytest.raises(ValueError, match="prompts.jsonl, line 2 = .* is not allowed: it must be"):
             script.read_prompts(path)
