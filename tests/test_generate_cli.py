@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def call(directory, monkeypatch, capsys):
     return call
 
 
+@cache
 def loaded(directory):
     return script.load(script.Generate(model=str(directory)))
 
@@ -107,7 +109,7 @@ def test_half_a_character_is_held_back(directory):
 def test_bos_comes_first_if_the_tokenizer_puts_it_there(directory, tmp_path):
     for path in directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert loaded(tmp_path)[1].bos_id is None
+    assert loaded(directory)[1].bos_id is None
     tokenizer = byte_tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
