@@ -20,7 +20,7 @@ import mom_jax
 import mom_jax.inference_checkpoint
 import mom_jax.interchange
 from mom_jax.checkpoint import Checkpoints
-from mom_jax.config import DataConfig, ModelConfig
+from mom_jax.config import AttentionConfig, DataConfig, ModelConfig
 from mom_jax.config_io import to_dict
 from mom_jax.files import CHECKSUMS
 from mom_jax.hf_config import from_official, to_official
@@ -107,6 +107,8 @@ def exported(tmp_path_factory):
 
 # Round trips.
 
+FIRST_LAYER = AttentionConfig(layers=(0,), num_heads=4, num_kv_heads=2, window_size=20)  # then a run of two
+
 
 @pytest.mark.parametrize(
     "kind, model_type",
@@ -116,7 +118,8 @@ def exported(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_a_run_survives_all_directories(kind, model_type, tmp_path):
-    config = small(kind, vocab_size=300, tie_embeddings=kind == "hybrid")
+    more = dict(tie_embeddings=True, attention=FIRST_LAYER) if kind == "hybrid" else {}
+    config = small(kind, vocab_size=300, **more)
     arrays = make_run(tmp_path / "run", config)
     to_inference_checkpoint(open_source(tmp_path / "run"), tmp_path / "orbax")
     to_hugging_face(open_source(tmp_path / "orbax"), tmp_path / "hf", model_type=model_type, max_shard_bytes=3e4)
