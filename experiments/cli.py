@@ -8,8 +8,10 @@ file's ``num_memories = 1`` needs ``--model.top-k 1`` where the preset has top_k
 import dataclasses
 import json
 import re
+import signal
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -42,11 +44,15 @@ def run[Experiment](
     """Call ``main`` with what the program's command line asks for; arguments as in ``parse``.
 
     What the user can mend (a setting, a file, a run that diverged) ends the program with the message on stderr and
-    status 1, without a traceback.
+    status 1, without a traceback; Ctrl-C with status 130. A warning, too, is one line.
     """
     experiment = parse(experiment_class, description)
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     try:
         main(experiment)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
         _refuse(error, experiment_class, status=1)
 

@@ -1,14 +1,14 @@
 """Perplexity and bits per byte of a trained model on a token file, whole and by position in the row.
 
-    python experiments/evaluate.py --run runs/shakespeare
-    python experiments/evaluate.py --run HUGGING_FACE_DIRECTORY --data.path data/shakespeare --data.sequence-length 2048
+    python experiments/evaluate.py --model runs/shakespeare
+    python experiments/evaluate.py --model HUGGING_FACE_DIRECTORY --data.path data/shakespeare --data.sequence-length 2048
 
---run is a directory that experiments/train_lm.py, export_checkpoint.py or import_checkpoint.py wrote, or one in the official
-Hugging Face layout (with config.json and safetensors). A run is evaluated on its own data, in rows of its own length, unless
-the data flags say otherwise; everything else needs --data.path. Text that another tokenizer encoded is refused for a run and
-its inference checkpoint. Which tokenizer belongs to a Hugging Face model is not known here: encode the text with that of the
-model (prepare_text.py --tokenizer FILE). Prints a table and, with --output, writes the same as JSON. The held-out file of
-data/shakespeare takes about a minute on two cores.
+--model is a directory that train_lm.py, export_checkpoint.py or import_checkpoint.py wrote, or one in the official Hugging
+Face layout (config.json and safetensors). A run is evaluated on its own data, in rows of its own length, unless the data
+flags say otherwise; everything else needs --data.path. Text that another tokenizer encoded is refused for a run and its
+inference checkpoint; for a Hugging Face model this is not known: encode the text with its tokenizer (prepare_text.py
+--tokenizer FILE). Prints a table and, with --output, writes the same as JSON. The held-out file of data/shakespeare takes
+about a minute on two cores.
 """
 
 import dataclasses
@@ -25,20 +25,21 @@ import numpy as np
 from cli import run
 from tqdm import tqdm
 
-import mom_jax
 from mom_jax.config import DataConfig, ModelConfig, require
 from mom_jax.data import make_dataset
+from mom_jax.interchange import open_source
 from mom_jax.model import MoMLanguageModel, bind, split_params
-from mom_jax.runs import CHECKPOINTS, DESCRIPTION, TOKENIZER, load_run
+from mom_jax.runs import DEFAULTS, DESCRIPTION
 from mom_jax.token_files import TokenFile, require_same_tokenizer
+from mom_jax.weights import to_model
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What to evaluate on; None: what the run was trained with, for a Hugging Face directory train_lm.py's default."""
+    """What to evaluate on; None: what the run was trained with, for any other model train_lm.py's default."""
 
     path: str | None = None
-    """Directory that experiments/prepare_text.py wrote; a Hugging Face directory needs one."""
+    """Directory that experiments/prepare_text.py wrote; what is no run needs one."""
     sequence_length: int | None = None
     """T, tokens in a row."""
     batch_size: int | None = None
@@ -51,10 +52,10 @@ class EvaluationData:
 class Evaluate:
     """What to evaluate on what."""
 
-    run: str
+    model: str
     """Directory of a training run or an inference checkpoint, or in the Hugging Face layout."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Of a run: the newest whole checkpoint, or the one of lowest held-out loss."""
+    best: bool = False
+    """Of a run: the checkpoint of lowest held-out loss instead of the newest one."""
     data: EvaluationData = field(default_factory=EvaluationData)
     split: Literal["train", "valid"] = "valid"
     """Which of the directory's token files."""
@@ -68,18 +69,13 @@ class Evaluate:
 
 def load(config: Evaluate) -> tuple[MoMLanguageModel, DataConfig, int | None]:
     """The model, the data that it is evaluated on, and the step of a run's checkpoint."""
-    run, given = Path(config.run), {name: x for name, x in vars(config.data).items() if x is not None}
-    if (run / CHECKPOINTS).is_dir():
-        loaded = load_run(run, best=config.checkpoint == "best", dtype=config.dtype)
-        data = dataclasses.replace(loaded.data, **given)
-        require_same_tokenizer(Path(data.path) / f"{config.split}.json", run / TOKENIZER / DESCRIPTION)
-        return loaded.model, data, loaded.step
-    allowed = "it must be a directory that train_lm.py wrote, or have config.json and safetensors (Hugging Face)"
-    require((run / "config.json").is_file(), "run", config.run, allowed)
-    require("path" in given, "data.path", None, "only a run says its data: name a prepared directory")
-    if (run / TOKENIZER / DESCRIPTION).is_file():  # exported from a run
-        require_same_tokenizer(Path(given["path"]) / f"{config.split}.json", run / TOKENIZER / DESCRIPTION)
-    return mom_jax.load(run, dtype=config.dtype).model, DataConfig(**given), None
+    source = open_source(config.model, best=config.best, dtype=config.dtype, **DEFAULTS)
+    given = {name: x for name, x in vars(config.data).items() if x is not None}
+    require(source.data or "path" in given, "data.path", None, "only a run says its data: name a prepared directory")
+    data = dataclasses.replace(source.data or DataConfig(), **given)
+    if (source.tokenizer / DESCRIPTION).is_file():  # a run's, or exported from one
+        require_same_tokenizer(Path(data.path) / f"{config.split}.json", source.tokenizer / DESCRIPTION)
+    return to_model(source.weights), data, source.step
 
 
 @partial(jax.jit, static_argnums=0)
@@ -101,7 +97,7 @@ def losses(config: ModelConfig, params, variables, batch) -> tuple[jax.Array, ja
 
 def main(config: Evaluate) -> dict:
     model, data, step = load(config)
-    print(config.run + ("" if step is None else f": checkpoint of step {step}"))
+    print(config.model + ("" if step is None else f": checkpoint of step {step}"))
     groups, length = config.position_groups, data.sequence_length
     require(0 < groups <= length, "position_groups", groups, f"it must be from 1 to data.sequence_length = {length}")
     token_file = TokenFile(Path(data.path) / f"{config.split}.tokens")
@@ -121,7 +117,7 @@ def main(config: Evaluate) -> dict:
     loss = nats.sum() / counts.sum()
     description = token_file.description
     figures = {
-        "run": config.run, "step": step, "tokens": int(counts.sum()), "nats_per_token": loss,
+        "model": config.model, "step": step, "tokens": int(counts.sum()), "nats_per_token": loss,
         "perplexity": math.exp(min(loss, 700)),
         "bits_per_byte": loss / math.log(2) * description.num_tokens / description.num_bytes, "by_position": [],
     }  # fmt: skip

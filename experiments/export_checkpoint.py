@@ -34,8 +34,8 @@ class Export:
     """Inference checkpoint, or Hugging Face directory."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the parameters in the files; None: as they are, which loses nothing."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Of a run: the newest whole checkpoint, or the one of lowest held-out loss."""
+    best: bool = False
+    """Of a run: the checkpoint of lowest held-out loss instead of the newest one."""
     model_type: Literal["mom", "gated_deltanet"] | None = None
     """Of a Hugging Face directory; None: what the input was imported from, else mom."""
     max_shard_bytes: float = 5e9
@@ -45,7 +45,7 @@ class Export:
 
 
 def main(config: Export) -> None:
-    source = open_source(config.input, best=config.checkpoint == "best")
+    source = open_source(config.input, best=config.best)
     output = {"dtype": config.dtype, "overwrite": config.overwrite}
     if config.format == "orbax":
         to_inference_checkpoint(source, config.output, **output)

@@ -1,16 +1,17 @@
 """Continue prompts with a trained model: on the terminal as the tokens come, or a whole file of them in batches.
 
-    python experiments/generate.py --run runs/shakespeare --prompt "To be, or not" --sampling.temperature 0.8
+    python experiments/generate.py --model runs/shakespeare --prompt "To be, or not" --sampling.temperature 0.8
     python experiments/generate.py --model HUGGING_FACE_DIRECTORY --prompt-file story.txt --max-new-tokens 1000
-    python experiments/generate.py --run runs/mine --batch-file prompts.jsonl --output continued.jsonl --batch-size 32
+    python experiments/generate.py --model runs/mine --batch-file prompts.jsonl --output continued.jsonl --batch-size 32
 
---run is a directory that experiments/train_lm.py wrote; --model one in the official Hugging Face layout, tokenizer.json too.
-Without --prompt, --prompt-file and --batch-file the prompt is read from the standard input. A batch file has a prompt in
-each line, or, if its name ends in .jsonl, {"prompt": ...}; each line of the output is {"index", "prompt", "text", "ids",
-"ended"}, the index being the line's number from 0, in no certain order. The same command continues an output that was
-interrupted: what is in it is not generated again.
+--model is a directory that train_lm.py, export_checkpoint.py or import_checkpoint.py wrote, or one in the official Hugging
+Face layout with its tokenizer.json. Without --prompt, --prompt-file and --batch-file the prompt is read from the standard
+input. A batch file has a prompt in each line, or, if its name ends in .jsonl, {"prompt": ...}; each line of the output is
+{"index", "prompt", "text", "ids", "ended"}, the index being the line's number from 0, in no certain order. The same command
+continues an output that was interrupted: what is in it is not generated again.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -19,18 +20,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from cli import run
 from tqdm import tqdm
 
+import mom_jax
 from mom_jax.config import require
-from mom_jax.config_io import save_config, to_dict
+from mom_jax.config_io import to_dict
+from mom_jax.files import read_json, write_json
 from mom_jax.generation import generate, inference_model, new_text, prompt_ids
-from mom_jax.hf import load_pretrained
 from mom_jax.model import MoMLanguageModel
-from mom_jax.runs import load_run
 from mom_jax.sampling import Sampling
-from mom_jax.token_files import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer, read_tokenizer_file
+from mom_jax.token_files import TOKENIZER_FILE, Tokenizer
 
 PLACES = ("batch_file", "output", "batch_size")
 """Settings that may differ when an output is continued: the prompts themselves are compared."""
@@ -40,12 +42,10 @@ PLACES = ("batch_file", "output", "batch_size")
 class Generate:
     """What to continue with what."""
 
-    run: str | None = None
-    """Directory of a training run."""
+    model: str
+    """Directory of a training run or an inference checkpoint, or in the Hugging Face layout."""
     best: bool = False
     """Of a run: the checkpoint of lowest held-out loss instead of the newest one."""
-    model: str | None = None
-    """Directory in the Hugging Face layout, instead of a run."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; None: the model's own."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -73,8 +73,6 @@ class Generate:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self):
-        require((self.run is None) != (self.model is None), "run", self.run, "give either --run or --model")
-        require(not self.best or self.run is not None, "best", self.best, "only a --run has checkpoints to choose from")
         prompts = [name for name in ("prompt", "prompt_file", "batch_file") if getattr(self, name)]
         for name in prompts[1:]:
             require(False, name, getattr(self, name), f"there is already --{prompts[0].replace('_', '-')}")
@@ -88,29 +86,20 @@ class Generate:
 def load(config: Generate) -> tuple[MoMLanguageModel, Tokenizer]:
     """The model, ready for inference, and its tokenizer."""
     overrides = {} if config.dtype is None else {"dtype": config.dtype}
-    if config.run is not None:
-        loaded = load_run(config.run, best=config.best, **overrides)
-        return inference_model(loaded.model), loaded.tokenizer
-    model = inference_model(load_pretrained(config.model, **overrides))
-    tokenizer = read_tokenizer_file(Path(config.model) / TOKENIZER_FILE)
-    # What the file itself puts before a text tells whether the model knows documents to begin so.
-    begins = model.config.bos_token_id in tokenizer.encode("").ids
-    bos_id, eos_id = model.config.bos_token_id if begins else None, model.config.eos_token_id
-    require(eos_id is not None, "eos_token_id", eos_id, f"{config.model}/config.json must name it")
-    tokenizer = HuggingFaceTokenizer(tokenizer, eos_id, bos_id)
-    needed, vocab_size = tokenizer.vocab_size, model.config.vocab_size
-    require(needed <= vocab_size, "the model's vocab_size", vocab_size, f"its {TOKENIZER_FILE} needs {needed}")
-    return model, tokenizer
+    model, tokenizer = mom_jax.load(config.model, best=config.best, **overrides)
+    require(tokenizer is not None, "model", config.model, f"it must have a tokenizer, {TOKENIZER_FILE}")
+    return inference_model(model), tokenizer
 
 
-def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None]) -> Callable[..., None]:
-    """A callback that writes the new text of a row; what may be half a character waits for the rest, or for ``is_last``."""
+def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None], heading: str = "") -> Callable[..., None]:
+    """A callback that writes the heading and the new text of a row; what may be half a character waits for the rest, or for
+    ``is_last``."""
     context, ids, written = tokenizer.encode(prompt), [], ""
 
     def more(new: list[list[int]], is_last: bool = False) -> None:
         nonlocal written
         ids.extend(*new)
-        text = new_text(tokenizer, context, ids)
+        text = heading + new_text(tokenizer, context, ids)
         text = text if is_last else text.rstrip("\ufffd")
         write(text[len(written) :])
         written = text
@@ -121,23 +110,33 @@ def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None]) -> 
 def stream(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
     prompts = list(config.prompt)
     if not prompts:
-        text = Path(config.prompt_file).read_text(encoding="utf-8") if config.prompt_file else sys.stdin.read()
-        prompts = [text.removesuffix("\n")]
+        prompts = [read_text(config.prompt_file).removesuffix("\n")]
 
     def write(text):
         print(text, end="", flush=True)
 
     for index, prompt in enumerate(prompts):
-        write(("\n" + "-" * 80 + "\n" if index else "") + (prompt if config.echo else ""))
-        more = printer(tokenizer, prompt, write)
+        # With the first tokens, so that a prompt that is refused is not printed.
+        heading = ("\n" + "-" * 80 + "\n" if index else "") + (prompt if config.echo else "")
+        more = printer(tokenizer, prompt, write, heading)
         generate(model, [prompt], seed=config.seed + index, callback=more, block=4, tokenizer=tokenizer, **settings)
         more([[]], is_last=True)
         write("\n")
 
 
+def read_text(path: str | Path | None) -> str:
+    """The text in a file, or of the standard input; ``ValueError`` naming it if it is no UTF-8."""
+    try:
+        text = sys.stdin.read() if path is None else Path(path).read_text(encoding="utf-8")
+        text.encode()  # Python may have read the standard input without a complaint
+        return text
+    except UnicodeError as error:
+        raise ValueError(f"{path or 'the standard input'} is no UTF-8 text: {error.reason} at {error.start}") from None
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a batch file; ``ValueError`` naming the line that has none."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     require(text != "", "batch_file", str(path), "it must have at least one line")
     lines = text.removesuffix("\n").split("\n")
     if path.suffix != ".jsonl":
@@ -146,21 +145,23 @@ def read_prompts(path: Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
         try:
             prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
-            prompts.append(None)
-        require(isinstance(prompts[-1], str), f"{path}, line {number}", line[:80], 'it must be {"prompt": "text"}')
+            prompts[-1].encode()  # JSON can write half a surrogate pair
+        except (ValueError, KeyError, TypeError, AttributeError):
+            require(False, f"{path}, line {number}", line[:80], 'it must be {"prompt": "text"}')
     return prompts
 
 
-def read_done(config: Generate, prompts: list[str]) -> set[int]:
+def read_done(config: Generate, model: MoMLanguageModel, prompts: list[str]) -> set[int]:
     """Indices of the prompts that the output already continues; half a line at its end, left by a kill, is cut off."""
-    output, settings = Path(config.output), Path(f"{config.output}.config.json")
+    output, path = Path(config.output), Path(f"{config.output}.config.json")
+    # Every step of training changes the last norm: so a run that has gone on since is known as another model.
+    settings = to_dict(config) | {"weights": hashlib.sha256(np.asarray(model.final_norm[...])).hexdigest()}
     if not output.exists():
-        save_config(settings, config)
+        write_json(path, settings)
         output.touch()
-    require(settings.is_file(), "output", config.output, f"it exists without {settings.name}: choose another file")
-    former = json.loads(settings.read_text(encoding="utf-8"))
-    differ = [name for name, value in to_dict(config).items() if name not in PLACES and former.get(name) != value]
+    require(path.is_file(), "output", config.output, f"it exists without {path.name}: choose another file")
+    former = read_json(path)
+    differ = [name for name, value in settings.items() if name not in PLACES and former.get(name) != value]
     allowed = f"it holds continuations of other settings ({', '.join(differ)}): choose another file, or delete it"
     require(not differ, "output", config.output, allowed)
     *lines, torn = output.read_bytes().split(b"\n")
@@ -175,7 +176,7 @@ def read_done(config: Generate, prompts: list[str]) -> set[int]:
 def run_batches(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
     prompts = read_prompts(Path(config.batch_file))
     ids = [prompt_ids(model.config, text, f"prompt {i} of the file", tokenizer) for i, text in enumerate(prompts)]
-    done = read_done(config, prompts)
+    done = read_done(config, model, prompts)
     # The longest first: what does not fit is found at once.
     by_length = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
     # Batches are cut from the whole file: so an interrupted output is continued in the same ones.

@@ -187,25 +187,23 @@ def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:
     return _read_run(path)["config"]
 
 
-def load_params(
-    directory: str | os.PathLike, abstract_params: Any = None, step: int | None = None, part: str = "params"
-) -> Any:
-    """Return ``state[part]`` alone, of the newest whole checkpoint or of ``step``.
+def load_params(directory: str | os.PathLike, abstract_params: Any = None, step: int | None = None) -> Any:
+    """Return ``state["params"]`` alone, of the newest whole checkpoint or of ``step``.
 
     ``abstract_params`` is as in ``Checkpoints.restore``; None: nested dicts as saved, on the first device.
     Raises ``FileNotFoundError`` if there is no checkpoint, ``RuntimeError`` if all are damaged, and ``ValueError`` with
     every difference if the saved arrays are not those asked for.
     """
     path, _ = _newest_whole(Path(directory).absolute(), step)
-    stored = _stored(path)[part]
+    stored = _stored(path)["params"]
     if abstract_params is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored)
     _refuse_differences(f"the parameters in {path} differ", _types(stored), _types(abstract_params))
-    wanted = {part: abstract_params}
+    wanted = {"params": abstract_params}
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)[part]
+    return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)["params"]
 
 
 @dataclass

@@ -1,23 +1,18 @@
-"""Files that are whole or not there: checksums, directories that appear at once, safetensors written tensor by tensor."""
+"""Files that are whole or not there: checksums, directories that appear at once."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from math import prod
 from pathlib import Path
 from typing import Any
-
-import jax
-import numpy as np
 
 from mom_jax.config import require
 
 CHECKSUMS = "checksums.json"
-SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 def checksums_of(directory: Path, files: str = "*") -> dict[str, str]:
@@ -49,17 +44,28 @@ def _sha256(file: Path) -> str:
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside ``path`` that takes its place when the block ends, and vanishes if it raises.
 
-    On the way it gets its checksums.json. A program that is killed leaves the hidden directory .NAME.partial-PID behind.
+    On the way it gets its checksums.json.
 
     Raises ``FileExistsError``, before anything is written, if ``path`` exists, unless it is empty, or ``overwrite`` is given
     and it holds nothing but what its own checksums.json lists.
     """
     _require_replaceable(path, overwrite)
+    with replacing(path) as partial:
+        yield partial
+        write_json(partial / CHECKSUMS, checksums_of(partial))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an empty directory beside ``path`` that takes its place when the block ends, and vanishes if it raises.
+
+    So a half-written directory never bears the name, and what bore it before is whole until the new one is. A program that
+    is killed leaves the hidden directory .NAME.partial-PID behind.
+    """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         yield partial
-        write_json(partial / CHECKSUMS, checksums_of(partial))
         for written in (*partial.rglob("*"), partial):
             fsync(written)
         former = path.with_name(f".{path.name}.former-{os.getpid()}")
@@ -108,29 +114,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def write_safetensors(
-    path: Path, shapes: dict[str, jax.ShapeDtypeStruct], tensor: Callable[[str], np.ndarray]
-) -> None:
-    """Write a safetensors file of which only one tensor at a time is in memory.
-
-    The format (github.com/huggingface/safetensors): the header's length, little-endian uint64; the header, JSON padded with
-    spaces to a multiple of 8 bytes; the tensors' raw little-endian values without gaps.
-
-    Args:
-      shapes: shape and type (float32 or bfloat16) of every tensor; in the file those of the wider type come first, so that
-        all are aligned.
-      tensor: asked once for each, in the order in which they are written.
-    """
-    shapes = dict(sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize))
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses files without a format
-    for name, x in shapes.items():
-        begin, end = end, end + prod(x.shape) * x.dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_TYPES[x.dtype.name], "shape": x.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, x in shapes.items():
-            file.write(np.ascontiguousarray(tensor(name), x.dtype).view(np.uint8))  # no name may hold it: the next follows

@@ -7,10 +7,11 @@
 A directory of an export (see interchange.py) has a checksums.json besides, which is verified.
 """
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mom_jax.config import DTYPES, require
-from mom_jax.files import CHECKSUMS, fsync, read_json, verify_checksums, write_json, write_safetensors
+from mom_jax.files import CHECKSUMS, fsync, read_json, verify_checksums, write_json
 from mom_jax.hf_config import from_official, to_official
 from mom_jax.hf_layout import TENSORS, Place, places
 from mom_jax.model import MoMLanguageModel
@@ -31,6 +32,7 @@ from mom_jax.weights import Weights, cut, shapes_of, to_model, weights_of
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD, SHARDS = "model-{:05}-of-{:05}.safetensors", "model-?????-of-?????.safetensors"
 ASIDE = ".saving-"
+TYPES = {"float32": "F32", "bfloat16": "BF16"}  # safetensors' names
 
 
 def load_pretrained(directory: str | os.PathLike, dtype: str | None = None, **overrides: Any) -> MoMLanguageModel:
@@ -159,14 +161,41 @@ def prepare_tensors(weights: Weights, dtype: str | None, max_shard_bytes: float,
     return write
 
 
+def write_safetensors(path: Path, shapes: dict[str, jax.ShapeDtypeStruct], tensor: Callable[[str], np.ndarray]) -> None:
+    """Write a safetensors file of which only one tensor at a time is in memory.
+
+    The format (github.com/huggingface/safetensors): the header's length, little-endian uint64; the header, JSON padded with
+    spaces to a multiple of 8 bytes; the tensors' raw little-endian values without gaps.
+
+    Args:
+      shapes: shape and type (float32 or bfloat16) of every tensor; in the file those of the wider type come first, so that
+        all are aligned.
+      tensor: asked once for each, in the order in which they are written.
+    """
+    shapes = dict(sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize))
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses files without a format
+    for name, x in shapes.items():
+        begin, end = end, end + prod(x.shape) * x.dtype.itemsize
+        header[name] = {"dtype": TYPES[x.dtype.name], "shape": x.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, x in shapes.items():
+            file.write(np.ascontiguousarray(tensor(name), x.dtype).view(np.uint8))  # no name may hold it: the next follows
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
-    if (directory / "checkpoints").is_dir():
-        raise ValueError(f"{directory} is the directory of a training run: mom_jax.load_run reads it")
+    for folder, kind in (("checkpoints", "a training run"), ("weights", "an inference checkpoint")):
+        if (directory / folder).is_dir():
+            raise ValueError(f"{directory} is the directory of {kind}: mom_jax.load reads it")
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}; models are read from disk, never downloaded")
     if not path.exists() and any(directory.glob(f"{ASIDE}*")):
         raise FileNotFoundError(f"{path} is missing: a save was interrupted, whose other files are in {directory}/{ASIDE}*")
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} holds no model: it has neither {CONFIG} nor a training run's checkpoints/")
     return read_json(path)
 
 

@@ -12,23 +12,20 @@ What is written has a checksums.json with the SHA-256 of every file, which is ve
 name only when all is there. No more of the model is held at once than the size of its largest array.
 """
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mom_jax.checkpoint import find_step, load_config
-from mom_jax.config import DTYPES, ModelConfig, require
-from mom_jax.config_io import from_dict
+from mom_jax.config import DTYPES, DataConfig, require
 from mom_jax.files import new_directory, write_json
 from mom_jax.hf import open_pretrained, prepare_tensors
-from mom_jax.inference_checkpoint import is_inference_checkpoint, open_state, open_weights, write_weights
+from mom_jax.inference_checkpoint import is_inference_checkpoint, open_weights, write_weights
 from mom_jax.model import MoMLanguageModel
-from mom_jax.runs import CHECKPOINTS, DEFAULTS, DESCRIPTION, TOKENIZER
+from mom_jax.runs import CHECKPOINTS, DEFAULTS, DESCRIPTION, TOKENIZER, open_run
 from mom_jax.token_files import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer, load_tokenizer, read_tokenizer_file
 from mom_jax.tokenizer_files import TOKENIZER_FILES, write_transformers_files
-from mom_jax.weights import Weights, require_shapes, to_model
+from mom_jax.weights import Weights, to_model, with_config
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -41,12 +38,15 @@ class Source(NamedTuple):
       model_type: the official one.
       tokenizer: the directory of the tokenizer's files, which may have none.
       generation_config: path of the file, which need not exist.
+      step, data: of a run, the checkpoint's step and what it was trained on; else None.
     """
 
     weights: Weights
     model_type: str
     tokenizer: Path
     generation_config: Path
+    step: int | None = None
+    data: DataConfig | None = None
 
 
 class Loaded(NamedTuple):
@@ -68,7 +68,8 @@ def load(directory: str | os.PathLike, *, best: bool = False, **overrides: Any) 
 
     Raises:
       FileNotFoundError: the directory or a file in it is missing.
-      ValueError: a file is damaged (of a run: in all checkpoints), or a field or override is not allowed.
+      ValueError: a file is damaged (of a run: in all checkpoints), a field or override is not allowed, ``best`` is given for
+        what is no run, or the tokenizer does not fit the model.
     """
     source = open_source(directory, best=best, **DEFAULTS | overrides)
     return Loaded(to_model(source.weights), _tokenizer(source))
@@ -77,23 +78,17 @@ def load(directory: str | os.PathLike, *, best: bool = False, **overrides: Any) 
 def open_source(directory: str | os.PathLike, *, best: bool = False, **overrides: Any) -> Source:
     """What kind of directory it is, its files verified; arguments and errors as in ``load``."""
     directory = Path(directory)
+    tokenizer, generation_config = directory / TOKENIZER, directory / GENERATION_CONFIG
     if (directory / CHECKPOINTS).is_dir():
-        try:
-            step = find_step(directory / CHECKPOINTS, best)  # its checksums are verified
-        except RuntimeError as error:
-            raise ValueError(" ".join(str(error).split("\n"))) from None
-        config = from_dict(ModelConfig, load_config(directory / CHECKPOINTS, step)["model"])
-        weights, model_type = open_state(directory / CHECKPOINTS / str(step) / "state", config), "mom"
-        tokenizer = directory / TOKENIZER
-    elif is_inference_checkpoint(directory):
+        weights, step, data = open_run(directory, best)
+        weights = with_config(weights, directory, **overrides)
+        return Source(weights, "mom", tokenizer, generation_config, step, data)
+    require(not best, "best", best, f"{directory} is no training run, which alone has checkpoints to choose from")
+    if is_inference_checkpoint(directory):
         weights, model_type = open_weights(directory)
-        tokenizer = directory / TOKENIZER
-    else:
-        weights, model_type = open_pretrained(directory, overrides.pop("dtype", None), **overrides)
-        tokenizer, overrides = directory, {}
-    weights = weights._replace(config=dataclasses.replace(weights.config, **overrides))
-    require_shapes(directory, weights.shapes, weights.config)
-    return Source(weights, model_type, tokenizer, directory / GENERATION_CONFIG)
+        return Source(with_config(weights, directory, **overrides), model_type, tokenizer, generation_config)
+    weights, model_type = open_pretrained(directory, overrides.pop("dtype", None), **overrides)
+    return Source(weights, model_type, directory, generation_config)
 
 
 def to_inference_checkpoint(
@@ -168,4 +163,11 @@ def _tokenizer(source: Source) -> Tokenizer | None:
     path, config = source.tokenizer / TOKENIZER_FILE, source.weights.config
     if not path.is_file():
         return None
-    return HuggingFaceTokenizer(read_tokenizer_file(path), config.eos_token_id, config.bos_token_id)
+    file, eos_id = read_tokenizer_file(path), config.eos_token_id
+    require(eos_id is not None, "eos_token_id", eos_id, f"the config.json beside {path} must name it")
+    # What the file itself puts before a text tells whether documents of this model begin so.
+    begins = config.bos_token_id in file.encode("").ids
+    tokenizer = HuggingFaceTokenizer(file, eos_id, config.bos_token_id if begins else None)
+    needed = tokenizer.vocab_size
+    require(needed <= config.vocab_size, "the model's vocab_size", config.vocab_size, f"{path} needs {needed}")
+    return tokenizer

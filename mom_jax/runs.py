@@ -4,17 +4,18 @@
     RUN/tokenizer/      the tokenizer of the training text: its train.json and tokenizer.json (see token_files.py)
 """
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mom_jax.checkpoint import find_step, load_config, load_params
+from mom_jax.checkpoint import find_step, load_config
 from mom_jax.config import DataConfig, ModelConfig
 from mom_jax.config_io import from_dict
-from mom_jax.model import MoMLanguageModel, bind
+from mom_jax.inference_checkpoint import open_state
+from mom_jax.model import MoMLanguageModel
 from mom_jax.token_files import TOKENIZER_FILE, Tokenizer, load_tokenizer, require_same_tokenizer
+from mom_jax.weights import Weights, to_model, with_config
 
 CHECKPOINTS, TOKENIZER, DESCRIPTION = "checkpoints", "tokenizer", "train.json"
 
@@ -45,22 +46,32 @@ def load_run(directory: str | os.PathLike, *, best: bool = False, **overrides: A
         ``remat="none"``, ``unroll=False`` and ``implementation=None``.
 
     Raises:
-      FileNotFoundError: there is no run, no checkpoint or no tokenizer. RuntimeError: all checkpoints are damaged.
-      ValueError: the tokenizer's files are not whole, or an override is not allowed.
+      FileNotFoundError: there is no run, no checkpoint or no tokenizer.
+      ValueError: all checkpoints are damaged, the tokenizer's files are not whole, or an override is not allowed.
     """
     directory = Path(directory)
+    weights, step, data = open_run(directory, best)
+    if not (directory / TOKENIZER).is_dir():
+        raise FileNotFoundError(f"{directory} has no {TOKENIZER}/: the command that trained it, run again, adds that")
+    model = to_model(with_config(weights, directory, **DEFAULTS | overrides))
+    return Run(model, load_tokenizer(directory / TOKENIZER), step, data)
+
+
+def open_run(directory: Path, best: bool = False) -> tuple[Weights, int, DataConfig]:
+    """The weights of a run's checkpoint, verified but not read into memory yet, its step, and what it was trained on.
+
+    ``best`` and errors as in ``load_run``.
+    """
     checkpoints = directory / CHECKPOINTS
     if not checkpoints.is_dir():
         raise FileNotFoundError(f"{directory} is no training run: it has no {CHECKPOINTS}/")
-    if not (directory / TOKENIZER).is_dir():
-        raise FileNotFoundError(f"{directory} has no {TOKENIZER}/: the command that trained it, run again, adds that")
-    step = find_step(checkpoints, best)
+    try:
+        step = find_step(checkpoints, best)
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())) from None
     values = load_config(checkpoints, step)
-    config = dataclasses.replace(from_dict(ModelConfig, values["model"]), **DEFAULTS | overrides)
-    # The routers' biases of loss-free balancing move the selection: they belong to the model as the parameters do.
-    variables = load_params(checkpoints, step=step, part="variables") if config.router_bias_rate > 0 else {}
-    model = bind(config, load_params(checkpoints, step=step), variables)
-    return Run(model, load_tokenizer(directory / TOKENIZER), step, from_dict(DataConfig, values["data"]))
+    weights = open_state(checkpoints / str(step) / "state", from_dict(ModelConfig, values["model"]))
+    return weights, step, from_dict(DataConfig, values["data"])
 
 
 def keep_tokenizer(data: str | os.PathLike, directory: str | os.PathLike) -> None:

@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import numpy as np
 import tokenizers
 
 from mom_jax.config import require
+from mom_jax.files import replacing
 
 FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
@@ -274,9 +273,6 @@ class TokenFileWriter:
 def new_prepared_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty directory beside ``path`` that takes its place when the block ends, and vanishes if it raises.
 
-    So a half-written directory never bears the name, and what bore it before is whole until the new one is. A program
-    that is killed leaves a hidden directory .NAME.partial-PID behind.
-
     Raises ``FileExistsError`` if ``path`` exists and is not a prepared directory, or is one and ``overwrite`` is false.
     """
     path = Path(path)
@@ -285,22 +281,8 @@ def new_prepared_directory(path: str | Path, *, overwrite: bool = False) -> Iter
             raise FileExistsError(f"{path} exists and is not a prepared directory: choose another output")
         if (path / "train.json").is_file() and not overwrite:
             raise FileExistsError(f"{path} is already prepared: choose another output, or --overwrite it")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with replacing(path) as partial:
         yield partial
-        for written in (*partial.iterdir(), partial):
-            _fsync(written)
-        if path.exists():
-            former = path.with_name(f".{path.name}.former-{os.getpid()}")
-            path.rename(former)
-            partial.rename(path)
-            shutil.rmtree(former)
-        else:
-            partial.rename(path)
-        _fsync(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _HashedFile:
@@ -318,15 +300,6 @@ class _HashedFile:
         """Close the file and return its SHA-256."""
         self._file.close()
         return self._digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from mom_jax.config import ModelConfig
 from mom_jax.files import write_json
@@ -19,11 +19,16 @@ END_OF_TEXT = "<|endoftext|>"
 
 def write_transformers_files(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> None:
     """Write tokenizer_config.json and special_tokens_map.json for the tokenizer of a run; for a ByteTokenizer, which has no
-    file, tokenizer.json as well. That of any other is there already."""
+    file, tokenizer.json as well. That of any other is there already, but learns to put ``bos_id`` before a text."""
     path = directory / TOKENIZER_FILE
     if tokenizer.kind == ByteTokenizer.kind:
         byte_level_tokenizer().save(str(path))
-    name_of = tokenizers.Tokenizer.from_file(str(path)).id_to_token
+    file = tokenizers.Tokenizer.from_file(str(path))
+    name_of, bos_id = file.id_to_token, tokenizer.bos_id
+    if bos_id is not None and bos_id not in file.encode("").ids:
+        bos = {"id": "bos", "ids": [bos_id], "tokens": [name_of(bos_id)]}
+        file.post_processor = processors.TemplateProcessing("bos $A", "bos $A bos $B", [bos])
+        file.save(str(path))
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": config.pad_token_id}
     special = {name: name_of(token) for name, token in ids.items() if token is not None and name_of(token) is not None}
     write_json(directory / "special_tokens_map.json", special)

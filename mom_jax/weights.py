@@ -4,6 +4,7 @@ Names are dotted paths: ``params.embedding``, ``params.runs.run_0.mixer.rule.w_k
 ``variables.runs.run_0.mixer.router.bias``. Layers of a run are stacked: the first axis of ``runs.run_0`` counts them.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,6 +47,13 @@ def weights_of(model: MoMLanguageModel) -> Weights:
     """Those of a model in memory."""
     arrays = by_name(dict(zip(("params", "variables"), split_params(model), strict=True)))
     return Weights(model.config, arrays, lambda name: [((), arrays[name])])
+
+
+def with_config(weights: Weights, source: Any, **overrides: Any) -> Weights:
+    """The weights with other values of some fields of their config, which must still fit them."""
+    config = dataclasses.replace(weights.config, **overrides)
+    require_shapes(source, weights.shapes, config)
+    return weights._replace(config=config)
 
 
 def to_model(weights: Weights) -> MoMLanguageModel:

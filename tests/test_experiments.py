@@ -207,23 +207,23 @@ def test_text_of_another_tokenizer_is_refused(workshop, tmp_path):
     ]:
         data = prepared_with(workshop, tmp_path / next(iter(changes)), **changes)
         with pytest.raises(ValueError, match=f"valid.json: {message}"):
-            evaluate.load(evaluate.Evaluate(run=str(run), data=evaluate.EvaluationData(path=data)))
+            evaluate.load(evaluate.Evaluate(model=str(run), data=evaluate.EvaluationData(path=data)))
     stderr = workshop.run(workshop.train("windows", run, "--data.path", data), status=1).stderr
     assert "train.json: tokenizer_sha256 = 'other' is not allowed" in stderr
 
 
 def test_what_is_no_run_is_refused_by_name(workshop, tmp_path):
-    stderr = workshop.run(workshop.command("evaluate.py", "--run", str(tmp_path)), status=1).stderr
-    assert stderr.endswith(
-        f"evaluate.py: error: --run = '{tmp_path}' is not allowed: it must be a directory that train_lm.py wrote, or have "
-        "config.json and safetensors (Hugging Face)\n"
-    )
+    stderr = workshop.run(workshop.command("evaluate.py", "--model", str(tmp_path)), status=1).stderr
+    message = f"{tmp_path} holds no model: it has neither config.json nor a training run's checkpoints/"
+    assert stderr.endswith(f"evaluate.py: error: {message}\n")
     with pytest.raises(FileNotFoundError, match="is no training run: it has no checkpoints/"):
         load_run(tmp_path)
-    (tmp_path / "config.json").touch()
+    golden = ROOT / "tests/data/golden/default"
     with pytest.raises(ValueError, match="data.path = None is not allowed: only a run says its data"):
-        evaluate.load(evaluate.Evaluate(run=str(tmp_path)))
-    with pytest.raises(ValueError, match="is the directory of a training run: mom_jax.load_run reads it"):
+        evaluate.load(evaluate.Evaluate(model=str(golden)))
+    with pytest.raises(ValueError, match="best = True is not allowed: .*default is no training run, which alone has checkp"):
+        evaluate.load(evaluate.Evaluate(model=str(golden), best=True))
+    with pytest.raises(ValueError, match="is the directory of a training run: mom_jax.load reads it"):
         load_pretrained(workshop.uninterrupted("windows"))
 
 
@@ -252,7 +252,7 @@ def test_a_run_is_loaded_and_evaluated_on_its_own_data(workshop, tmp_path, monke
     by_loss = {loss: step for (step, split), loss in losses(output).items() if split == "valid"}
     assert load_run(output, best=True).step == by_loss[min(by_loss)]
 
-    figures = evaluate.main(evaluate.Evaluate(run=str(output)))
+    figures = evaluate.main(evaluate.Evaluate(model=str(output)))
     assert (figures["step"], figures["by_position"][-1]["last"]) == (STEPS, 69)
     assert f"{output}: checkpoint of step {STEPS}" in capsys.readouterr().out
 
@@ -263,17 +263,17 @@ def test_a_run_is_loaded_and_evaluated_on_its_own_data(workshop, tmp_path, monke
 
 def test_an_export_is_evaluated_as_its_run(workshop, tmp_path, capsys):
     output = workshop.uninterrupted("windows")
-    expected = evaluate.main(evaluate.Evaluate(run=str(output)))
+    expected = evaluate.main(evaluate.Evaluate(model=str(output)))
     data = evaluate.EvaluationData(path=str(workshop.data), sequence_length=70, batch_size=2)
     for format in ("orbax", "huggingface"):
         exported = str(tmp_path / format)
         export_checkpoint.main(export_checkpoint.Export(input=str(output), output=exported, format=format))
-        figures = evaluate.main(evaluate.Evaluate(run=exported, data=data))
+        figures = evaluate.main(evaluate.Evaluate(model=exported, data=data))
         assert figures["by_position"] == expected["by_position"]
     assert f"{exported}: " in capsys.readouterr().out
     other = evaluate.EvaluationData(path=prepared_with(workshop, tmp_path / "other", eos_id=0))
     with pytest.raises(ValueError, match="valid.json: eos_id = 0 is not allowed"):
-        evaluate.load(evaluate.Evaluate(run=str(tmp_path / "orbax"), data=other))
+        evaluate.load(evaluate.Evaluate(model=str(tmp_path / "orbax"), data=other))
 
 
 def test_the_examples_of_the_readme_run(workshop, tmp_path, monkeypatch):
@@ -354,7 +354,7 @@ SCRIPTS = {
     ),
     "export_checkpoint.py": (
         lambda workshop, output: [
-            "--input", str(workshop.uninterrupted("windows")), "--checkpoint", "best", "--format", "huggingface",
+            "--input", str(workshop.uninterrupted("windows")), "--best", "--format", "huggingface",
             "--dtype", "bfloat16", "--output", str(output / "hf"),
         ],
         ["hf/config.json", "hf/model.safetensors", "hf/tokenizer.json", "hf/checksums.json"],
@@ -367,13 +367,13 @@ SCRIPTS = {
     ),
     "evaluate.py": (
         lambda workshop, output: [
-            "--run", str(workshop.uninterrupted("windows")), "--output", str(output / "figures.json"),
+            "--model", str(workshop.uninterrupted("windows")), "--output", str(output / "figures.json"),
         ],
         ["figures.json"],
     ),
     "generate.py": (
         lambda workshop, output: [
-            "--run", str(workshop.uninterrupted("windows")), "--best", "--max-new-tokens", "3",
+            "--model", str(workshop.uninterrupted("windows")), "--best", "--max-new-tokens", "3",
             "--batch-file", str(workshop.data / "valid.json"), "--output", str(output / "continued.jsonl"),
         ],
         ["continued.jsonl", "continued.jsonl.config.json"],

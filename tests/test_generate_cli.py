@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,14 @@ def call(directory, monkeypatch, capsys):
             return capsys.readouterr().out
         with pytest.raises(SystemExit, match=str(status)):
             cli.run(script.Generate, script.main, script.__doc__)
-        error = capsys.readouterr().err
-        assert error.startswith("generate.py: error: ") and error.count("\n") == 1
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith("generate.py: error: ") and error.count("\n") == 1
         return error
 
     return call
 
 
+@cache
 def loaded(directory):
     return script.load(script.Generate(model=str(directory)))
 
@@ -87,6 +89,9 @@ def test_a_prompt_comes_from_a_file_or_the_standard_input(directory, call, monke
     assert call("--prompt-file", str(tmp_path / "prompt.txt")) == text
     monkeypatch.setattr(sys, "stdin", io.StringIO("line\nend\n"))
     assert call() == text
+    (tmp_path / "prompt.txt").write_bytes(b"ab\xff")
+    error = call("--prompt-file", str(tmp_path / "prompt.txt"), status=1)
+    assert error.endswith("prompt.txt is no UTF-8 text: invalid start byte at 2\n")
 
 
 def test_half_a_character_is_held_back(directory):
@@ -104,7 +109,7 @@ def test_half_a_character_is_held_back(directory):
 def test_bos_comes_first_if_the_tokenizer_puts_it_there(directory, tmp_path):
     for path in directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert loaded(tmp_path)[1].bos_id is None
+    assert loaded(directory)[1].bos_id is None
     tokenizer = byte_tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -175,8 +180,7 @@ def test_an_output_of_something_else_is_refused(call, tmp_path):
 @pytest.mark.parametrize(
     "flags, status, message",
     [
-        (["--run", "runs/mine"], 2, "--run = 'runs/mine' is not allowed: give either --run or --model"),
-        (["--best"], 2, "--best = True is not allowed: only a --run has checkpoints to choose from"),
+        (["--best", "--prompt", "a"], 1, "is no training run, which alone has checkpoints to choose from"),
         (["--prompt", "a", "--prompt-file", "b"], 2, "--prompt-file = 'b' is not allowed: there is already --prompt"),
         (["--batch-file", "a"], 2, "--batch-file = 'a' is not allowed: it needs --output"),
         (["--output", "a"], 2, "--output = 'a' is not allowed: it needs --batch-file"),
@@ -195,7 +199,7 @@ def test_refusals_are_one_line_that_names_the_flag(call, flags, status, message)
 
 def test_lines_without_a_prompt_are_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    for line in ("[]", "{}", "{", '{"prompt": 1}', '"text"'):
+    for line in ("[]", "{}", "{", '{"prompt": 1}', '"text"', '{"prompt": "\\ud800"}'):
         path.write_text('{"prompt": ""}\n' + line + "\n")
         with pytest.raises(ValueError, match="prompts.jsonl, line 2 = .* is not allowed: it must be"):
             script.read_prompts(path)
@@ -204,8 +208,17 @@ def test_lines_without_a_prompt_are_named(tmp_path):
         script.read_prompts(path)
 
 
-def test_a_model_without_a_tokenizer_is_refused(tmp_path, directory):
+def test_a_model_without_a_tokenizer_that_fits_is_refused(tmp_path, directory):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
-    with pytest.raises(FileNotFoundError, match="tokenizer.json does not exist"):
+    with pytest.raises(ValueError, match="model = .* is not allowed: it must have a tokenizer, tokenizer.json"):
+        loaded(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the model's vocab_size = 258 is not allowed: .*tokenizer.json needs 259"):
+        loaded(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="eos_token_id = None is not allowed: the config.json beside .* must name it"):
         loaded(tmp_path)
