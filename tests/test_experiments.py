@@ -345,6 +345,12 @@ SCRIPTS = {
         ],
         ["layer.json", "layer.md", "layer.png"],
     ),
+    "benchmark_generation.py": (
+        lambda workshop, output: [
+            "--works", "tiny 2x70", "tiny 1x0", "--tokens", "2", "--rounds", "1", "--calls", "1", "--output", str(output),
+        ],
+        ["generation.json", "generation.md", "generation.png"],
+    ),
     "compare_losses.py": (
         lambda workshop, output: [
             *TINY, "--kernels", "reference", "--seeds", "1", "--data.path", str(workshop.data),
