@@ -348,7 +348,8 @@ SCRIPTS = {
     "compare_losses.py": (
         lambda workshop, output: [
             *TINY, "--kernels", "reference", "--seeds", "1", "--data.path", str(workshop.data),
-            "--data.sequence-length", "64", "--data.batch-size", "1", "--train.steps", "2", "--output", str(output),
+            "--data.sequence-length", "64", "--data.batch-size", "1", "--train.steps", "2", "--train.warmup-steps", "1",
+            "--output", str(output),
         ],
         ["losses.json", "losses.png"],
     ),
