@@ -59,7 +59,7 @@ def make_dataset(
         num_rows = full if train else _round_up(full + (rest > 0), config.batch_size)
         rows = grain.MapDataset.source(_Windows(token_file.tokens, length, num_rows, with_mask=not train))
     if train:
-        rows = rows.seed(config.seed).shuffle().repeat()
+        rows = _for_ever(rows.seed(config.seed).shuffle())
     if config.packing:
         return _packed_batches(rows, config, share, process_index, shuffle=train)
     return _batches(rows, share, process_index, process_count)
@@ -101,6 +101,11 @@ class _Windows:
         if self._with_mask:
             row["attention_mask"] = (np.arange(self._row_tokens) < len(window) - 1).astype(np.int32)
         return row
+
+
+def _for_ever(rows: grain.MapDataset) -> grain.MapDataset:
+    """As far as anyone will see: of endless rows Grain cannot count batches of one."""
+    return rows.repeat(2**62 // len(rows))
 
 
 def _batches(rows: grain.MapDataset, share: int, process_index: int, process_count: int) -> grain.IterDataset:
@@ -207,7 +212,7 @@ def make_mqar_dataset(
     rows = grain.MapDataset.source(
         _MQARRows(config, config.num_examples if train else _round_up(config.num_examples, batch_size))
     )
-    return _batches(rows.repeat() if train else rows, share, process_index, process_count)
+    return _batches(_for_ever(rows) if train else rows, share, process_index, process_count)
 
 
 class _MQARRows:

@@ -222,6 +222,8 @@ def test_training_windows_visit_every_window_once_an_epoch_in_new_orders(token_f
 
     again = islice(make_dataset(token_file, config, train=True), num_windows)
     np.testing.assert_array_equal(rows(again, "tokens"), rows(batches, "tokens"))
+    ones = islice(make_dataset(token_file, dataclasses.replace(config, batch_size=1), train=True), 3 * num_windows)
+    np.testing.assert_array_equal(rows(list(ones), "tokens"), rows(batches, "tokens"))
     other_seed = islice(make_dataset(token_file, dataclasses.replace(config, seed=1), train=True), num_windows)
     assert (rows(other_seed, "tokens") != rows(batches, "tokens")).any()
 
