@@ -354,7 +354,7 @@ SCRIPTS = {
     "compare_losses.py": (
         lambda workshop, output: [
             *TINY, "--kernels", "reference", "--seeds", "1", "--data.path", str(workshop.data),
-            "--data.sequence-length", "64", "--data.batch-size", "1", "--train.steps", "2", "--train.warmup-steps", "1",
+            "--data.sequence-length", "16", "--data.batch-size", "1", "--train.steps", "2", "--train.warmup-steps", "1",
             "--output", str(output),
         ],
         ["losses.json", "losses.png"],
