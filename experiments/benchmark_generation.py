@@ -22,7 +22,7 @@ from flax import nnx
 from timing import Timing, device_figures, title, write_report
 
 from mom_jax.config import PRESETS, ModelConfig, require
-from mom_jax.generation import PIECES, _decode, _empty_state, _start, inference_model, prefill
+from mom_jax.generation import _decode, _empty_state, _start, inference_model, prefill
 from mom_jax.model import MoMLanguageModel, bind, init_params
 from mom_jax.sampling import Sampling
 
@@ -88,7 +88,7 @@ def measure(config: BenchmarkGeneration, work: str, model: MoMLanguageModel, cop
 
 
 def main(config: BenchmarkGeneration) -> dict:
-    figures, rows, model, preset = device_figures(config), [], None, None
+    figures, rows, model, preset = device_figures(config) | {"settings": dataclasses.asdict(config)}, [], None, None
     print(title(figures))
     for work in config.works:
         if work.split()[0] != preset:
@@ -101,7 +101,7 @@ def main(config: BenchmarkGeneration) -> dict:
         print(format_row(rows[-1]), flush=True)
         # After each, so that a run that is cut off leaves what it has measured.
         write_report(config.output, "generation", figures | {"rows": rows}, COLUMNS, [format_row(row) for row in rows])
-    return figures | {"rows": rows, "settings": dataclasses.asdict(config), "pieces": PIECES}
+    return figures | {"rows": rows}
 
 
 def format_row(row: dict) -> str:

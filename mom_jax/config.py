@@ -124,7 +124,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of matmuls and activations; parameters, routing, gates, norms and states stay float32."""
     implementation: Literal["triton", "chunked", "reference"] | None = None
-    """Implementation of the ops over 64 tokens and more; None: the fastest that is proven for the call and the device."""
+    """Implementation of the ops, of those under 64 tokens as far as it can; None: the fastest that the device has."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matmuls, chunk matrices and the mixer's output, or everything."""
     unroll: bool = False
@@ -219,6 +219,11 @@ class ModelConfig:
         if self.intermediate_size is not None:
             return self.intermediate_size
         return 256 * math.ceil(int(self.hidden_size * self.hidden_ratio * 2 / 3) / 256)
+
+    @property
+    def step_implementation(self) -> str | None:
+        """Of the ops of short inputs: "triton" takes those that its kernels can do, more than 64 rows for example not."""
+        return None if self.implementation == "triton" else self.implementation
 
     @property
     def layer_runs(self) -> tuple[tuple[str, int], ...]:

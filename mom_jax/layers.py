@@ -34,12 +34,15 @@ class LayerWeight:
         self.stack, self.layer, self.implementation = stack, layer, implementation
 
     def __getitem__(self, key):
+        assert key is ..., "a weight in place is only whole"
         return self
 
     @staticmethod
     def fits(name: str, stack: jax.Array, dtype: str) -> bool:
         """Whether a parameter can be given as one to a model that computes in ``dtype``."""
-        return name == "router" or name.startswith(("w_", "shared_", "attention_")) and stack.dtype == dtype
+        if name == "router":
+            return stack.dtype == jnp.float32
+        return name.startswith(("w_", "shared_", "attention_")) and stack.dtype == dtype
 
 
 def einsums(x: jax.Array, products: dict[str, tuple[str, Any]], *, dtype, out_dtype=None) -> dict[str, jax.Array]:
@@ -53,7 +56,7 @@ def einsums(x: jax.Array, products: dict[str, tuple[str, Any]], *, dtype, out_dt
     if not all(isinstance(w, LayerWeight) for _, w in products.values()):
         multiply = einsum if out_dtype is None else einsum_float32
         return {name: multiply(equation, x, w, dtype=dtype) for name, (equation, w) in products.items()}
-    weights, shapes = [], []
+    weights, shapes, first = [], [], next(iter(products.values()))[1]  # of one layer and one implementation, all of them
     for equation, weight in products.values():
         of_x, of_w, of_y = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation).groups()
         contracted = [letter for letter in of_x if letter not in of_y]
@@ -62,8 +65,8 @@ def einsums(x: jax.Array, products: dict[str, tuple[str, Any]], *, dtype, out_dt
         weights.append(weight.stack.reshape(weight.stack.shape[0], math.prod(shape[:before]), width, -1))
         shapes.append((*x.shape[:-count], *shape[:before], *shape[before + count :]))
     found = stacked_matmul(
-        x.reshape(-1, width).astype(dtype), tuple(weights), weight.layer, out_dtype=out_dtype,
-        implementation=weight.implementation,
+        x.reshape(-1, weights[0].shape[2]).astype(dtype), tuple(weights), first.layer, out_dtype=out_dtype,
+        implementation=first.implementation,
     )  # fmt: skip
     return {name: y.reshape(shape) for name, y, shape in zip(products, found, shapes, strict=True)}
 

@@ -158,16 +158,14 @@ class MixtureOfMemories(nnx.Module):
         def step(states: MemoryState, token):
             """One token of every row; arrays of ``token`` are [B, R', ...] or [B]."""
             streams, gates, memories, weights, real, documents = token
-            of_chosen = state.layer, jnp.arange(batch)[:, None], memories
-            last = states.document[of_chosen]
-            document = jnp.where(real[:, None], documents[:, None], last)
-            place = api.Place(state.layer, memories, last == document, real)
+            last = api.states_at(states.document, state.layer, memories)
+            place = api.Place(state.layer, memories, last == documents[:, None], real)
             convolved, history = api.short_convolution_step(
                 streams, taps, biases, states.history, place, normalized=self.rule.normalized,
-                implementation=self.config.implementation,
+                implementation=self.config.step_implementation,
             )  # fmt: skip
             o, recurrent = self.rule.step(convolved, gates, states.recurrent, place)
-            document = states.document.at[of_chosen].set(document, unique_indices=True)
+            document = place.write(states.document, jnp.broadcast_to(documents[:, None], memories.shape))
             o = jnp.sum(o.astype(jnp.float32) * weights[..., None, None], axis=1).astype(o.dtype)
             return MemoryState(recurrent, history, document), jnp.where(real[:, None, None], o, 0)
 

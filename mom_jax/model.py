@@ -212,7 +212,7 @@ class MoMLanguageModel(nnx.Module):
         def pick(path, stack):
             name = leaf_name(path[:-1])  # the last entry is "value"
             is_multiplied = LayerWeight.fits(name, stack, self.config.dtype)
-            return LayerWeight(stack, index, self.config.implementation) if is_multiplied else stack[index]
+            return LayerWeight(stack, index, self.config.step_implementation) if is_multiplied else stack[index]
 
         return jax.tree_util.tree_map_with_path(pick, params)
 

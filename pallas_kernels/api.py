@@ -13,13 +13,13 @@ from pallas_kernels import chunked, reference, triton
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.layer_ops import convolution_history, gated_rms_norm, l2_norm, rms_norm
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
-from pallas_kernels.step import Place
+from pallas_kernels.step import Place, states_at
 
 __all__ = [
     "SEGMENT_ALIGNMENT", "Place", "Segments", "WORTH_KEEPING", "combine_gated_rms_norm", "convolution_history",
     "gated_delta_rule", "gated_delta_rule_step", "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm",
     "linear_attention", "linear_cross_entropy", "rms_norm", "short_convolution", "short_convolution_step",
-    "stacked_matmul",
+    "stacked_matmul", "states_at",
 ]  # fmt: skip
 
 # In the order in which None tries them.
@@ -64,6 +64,19 @@ def _check(op: str, condition: bool, name: str, value, allowed: str) -> None:
         raise ValueError(f"{op}: {name} is {value}; {allowed}")
 
 
+def _check_widths(op, key_width, value_width):
+    power_of_two = key_width & (key_width - 1) == 0
+    _check(op, power_of_two and key_width <= 256, "K", key_width, "it must be a power of two up to 256")
+    _check(op, value_width % 16 == 0 and 0 < value_width <= 1280, "V", value_width, "a multiple of 16 up to 1280")
+
+
+def _check_place(op, place: Place, shape):
+    """``shape``: [B, R]."""
+    for name, expected in (("index", shape), ("continues", shape), ("active", shape[:1])):
+        found = getattr(place, name).shape
+        _check(op, found == expected, f"the shape of place.{name}", found, f"it must be {expected}")
+
+
 def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale, implementation, interpret):
     """Validates, fills in defaults, pads to the alignment, runs and cuts the padding off again."""
     _check(op, q.ndim == 4, "the shape of q", q.shape, "it must be [B, N, H, K]")
@@ -71,9 +84,7 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
     _check(op, k.shape == q.shape, "the shape of k", k.shape, f"it must be that of q, {q.shape}")
     _check(op, v.shape[:3] == q.shape[:3] and v.ndim == 4, "the shape of v", v.shape, f"it must be {q.shape[:3]} + [V]")
     value_width = v.shape[3]
-    power_of_two = key_width & (key_width - 1) == 0
-    _check(op, power_of_two and key_width <= 256, "K", key_width, "it must be a power of two up to 256")
-    _check(op, value_width % 16 == 0 and 0 < value_width <= 1280, "V", value_width, "a multiple of 16 up to 1280")
+    _check_widths(op, key_width, value_width)
     is_number = scale is None or not isinstance(scale, jax.Array)
     _check(op, is_number, "scale", scale, "a Python number or None: multiply q by what is computed")
     _check(op, num_slots > 0, "N", num_slots, "there must be at least one slot")
@@ -360,6 +371,8 @@ def gated_delta_rule_step(
       o, of v's dtype, and the pool after the token.
     """
     op, batch = "gated_delta_rule_step", q.shape[0]
+    _check_widths(op, q.shape[3], v.shape[3])
+    _check_place(op, place, q.shape[:2])
     expected = {"k": q.shape, "v": q.shape[:3] + states.shape[5:], "log_decay": q.shape[:3], "beta": q.shape[:3]}
     for name, x in (("k", k), ("v", v), ("log_decay", log_decay), ("beta", beta)):
         _check(op, x.shape == expected[name], f"the shape of {name}", x.shape, f"it must be {expected[name]}")
@@ -389,8 +402,18 @@ def short_convolution_step(
     Returns:
       The outputs, of the streams' dtypes, and the pools after the token.
     """
+    op = "short_convolution_step"
+    for name, x in streams.items():
+        _check_place(op, place, x.shape[:2])
+        taps, rest = weights[name].shape[0], x.shape[2:]
+        _check(op, weights[name].shape[1:] == rest, f"the shape of weights of {name}", weights[name].shape, f"[W, *{rest}]")
+        pool = histories[name].shape
+        expected = (pool[0], x.shape[0], pool[2], taps - 1, *rest)
+        _check(op, pool == expected, f"the shape of histories of {name}", pool, f"it must be {expected}")
+        is_fit = biases[name] is None or biases[name].shape == rest
+        _check(op, is_fit, f"the shape of biases of {name}", None if is_fit else biases[name].shape, f"it must be {rest}")
     arrays = {"streams": streams, "weights": weights, "normalized": normalized}
-    run = _choose("short_convolution_step", implementation, arrays, interpret)
+    run = _choose(op, implementation, arrays, interpret)
     return run(streams, weights, biases, histories, place, normalized=normalized)
 
 
@@ -416,5 +439,5 @@ def stacked_matmul(
     for w in weights:
         _check(op, w.ndim == 4 and x.shape[1:] == w.shape[2:3], "the shape of w", w.shape, f"[L, M, D = {x.shape[1]}, N]")
         _check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
-    run = _choose(op, implementation, {"x": x}, interpret)
+    run = _choose(op, implementation, {"x": x, "weights": weights}, interpret)
     return run(x, weights, layer, out_dtype=out_dtype or x.dtype)

@@ -67,15 +67,31 @@ class Place(NamedTuple):
 
     def read(self, pool: jax.Array) -> jax.Array:
         """The states [B, R, ...] as the tokens find them."""
-        return jnp.where(_wide(self.continues, pool.ndim - 1), pool[self._at], 0)
+        return jnp.where(_wide(self.continues, pool.ndim - 1), states_at(pool, self.layer, self.index), 0)
 
     def write(self, pool: jax.Array, new: jax.Array) -> jax.Array:
-        new = jnp.where(_wide(self.active, pool.ndim - 1), new.astype(pool.dtype), pool[self._at])
-        return pool.at[self._at].set(new, unique_indices=True)
+        """The pool with these states [B, R, ...], but for inactive rows."""
+        old = states_at(pool, self.layer, self.index)
+        new = jnp.where(_wide(self.active, pool.ndim - 1), new.astype(pool.dtype), old)
+        dimensions = lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(2, old.ndim)), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2),
+            operand_batching_dims=(1,), scatter_indices_batching_dims=(0,),
+        )  # fmt: skip
+        at = _pairs(self.layer, self.index)
+        return lax.scatter(pool, at, new, dimensions, unique_indices=True, mode="promise_in_bounds")
 
-    @property
-    def _at(self):
-        return self.layer, jnp.arange(self.index.shape[0])[:, None], self.index
+
+def states_at(pool: jax.Array, layer: jax.Array, index: Int[Array, "B R"]) -> jax.Array:
+    """pool[layer, b, index[b, r]] as [B, R, ...]; rows are a batch dimension, so that devices need no other's rows."""
+    dimensions = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(2, pool.ndim - 1)), collapsed_slice_dims=(0, 2), start_index_map=(0, 2),
+        operand_batching_dims=(1,), start_indices_batching_dims=(0,),
+    )  # fmt: skip
+    return lax.gather(pool, _pairs(layer, index), dimensions, (1, 1, 1, *pool.shape[3:]), mode="promise_in_bounds")
+
+
+def _pairs(layer, index):
+    return jnp.stack([jnp.broadcast_to(layer, index.shape), index], axis=-1)
 
 
 def _wide(mask, ndim):

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import model_of, small
+from models import draw_params, model_of, small
 from oracle import oracle_forward, softmax
 from safetensors.numpy import load_file
 
 from mom_jax import generation, save_pretrained
 from mom_jax.config import ModelConfig
 from mom_jax.generation import Continuation, generate, inference_model, new_text, piece_sizes, prefill
+from mom_jax.model import bind
 from mom_jax.sampling import GREEDY, Sampling
 from mom_jax.token_files import ByteTokenizer
 
@@ -284,3 +285,11 @@ def test_what_is_not_allowed_is_refused_by_name_before_any_compute(unchecked_sha
 def test_layers_with_a_bounded_state_have_no_limit(small_pieces):
     for kind in ("mom", "hybrid"):
         assert len(generate(model_of(config_of(kind)), prompts(), max_new_tokens=20, sampling=GREEDY)[0].ids) == 20
+
+
+def test_a_model_all_of_bfloat16_generates():
+    """As exports and downloads in bfloat16 are, the router too."""
+    params, variables = draw_params(small(dtype="bfloat16"))
+    model = bind(small(dtype="bfloat16"), jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), variables)
+    (row,) = generate(model, [[1, 2, 3]], max_new_tokens=3, sampling=Sampling(temperature=0.0))
+    assert len(row.ids) == 3

@@ -116,6 +116,13 @@ def test_what_does_not_fit_is_refused_by_name(rng, unchecked_shapes):
         api.gated_delta_rule_step(*inputs[:4], inputs[4][:, :2], states, PLACE)
     with pytest.raises(ValueError, match="gated_delta_rule_step: states is .* float32"):
         api.gated_delta_rule_step(*inputs, states.astype(jnp.bfloat16), PLACE)
+    with pytest.raises(ValueError, match="gated_delta_rule_step: the shape of place.index"):
+        api.gated_delta_rule_step(*inputs, states, PLACE._replace(index=PLACE.index[:, :2]))
+    with pytest.raises(ValueError, match="gated_delta_rule_step: K is 12"):
+        api.gated_delta_rule_step(inputs[0][..., :12], inputs[1][..., :12], *inputs[2:], states, PLACE)
+    with pytest.raises(ValueError, match="short_convolution_step: the shape of histories of q"):
+        pools = {"q": jnp.zeros((LAYERS, BATCH, STATES, 2, HEADS, KEY))}
+        api.short_convolution_step({"q": inputs[0]}, {"q": draw(rng, TAPS, HEADS, KEY)}, {"q": None}, pools, PLACE)
     with pytest.raises(NotImplementedError, match="W is 1"):
         streams, weights = {"q": inputs[0]}, {"q": draw(rng, 1, HEADS, KEY)}
         empty = {"q": jnp.zeros((LAYERS, BATCH, STATES, 0, HEADS, KEY))}
@@ -141,5 +148,8 @@ def test_stacked_matmul(rng, implementation, rows, depth, widths, dtype):
 
 
 def test_many_rows_are_left_to_xla(rng):
+    ragged = (draw(rng, 1, 1, 16, 90),)
+    with pytest.raises(NotImplementedError, match="N is 90"):
+        api.stacked_matmul(draw(rng, 2, 16), ragged, jnp.int32(0), **IMPLEMENTATIONS["interpreted"])
     with pytest.raises(NotImplementedError, match="65 rows"):
         api.stacked_matmul(draw(rng, 65, 16), (draw(rng, 1, 1, 16, 16),), jnp.int32(0), **IMPLEMENTATIONS["interpreted"])

@@ -143,7 +143,7 @@ class GatedDelta(nnx.Module):
         """One token a row, [B, R, ...], into its states of a pool. Returns outputs [B, R, H, V] and the pool after it."""
         return api.gated_delta_rule_step(
             streams["q"], streams["k"], streams["v"], gates["log_decay"], gates["beta"], states, place,
-            implementation=self.config.implementation,
+            implementation=self.config.step_implementation,
         )  # fmt: skip
 
     def init_state(self, *leading: int) -> jax.Array:

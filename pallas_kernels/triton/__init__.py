@@ -50,6 +50,9 @@ def _shape_reason(op: str, arrays: dict) -> str | None:
     if op == "stacked_matmul":
         if arrays["x"].shape[1] % 16:
             return f"D is {arrays['x'].shape[1]}; it must be a multiple of 16"
+        ragged = [w.shape[3] for w in arrays["weights"] if w.shape[3] % 16 and w.shape[3] > 64]
+        if ragged and arrays["x"].shape[0] > 1:
+            return f"N is {ragged[0]}; for several rows it must be a multiple of 16, or at most 64"
         if arrays["x"].shape[0] > MOST_ROWS:
             return f"x has {arrays['x'].shape[0]} rows; from {MOST_ROWS + 1} on it would be slower than XLA's products"
     if op == "short_convolution" and arrays["normalize"] and arrays["x"].shape[-1] & (arrays["x"].shape[-1] - 1):

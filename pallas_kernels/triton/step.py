@@ -26,6 +26,7 @@ def _whole(tree):
 
 
 def _as_integers(place: Place) -> Place:
+    """Triton stores booleans as bits of its own; kernels compare integers."""
     return jax.tree.map(lambda x: x.astype(jnp.int32), place)
 
 
@@ -48,7 +49,7 @@ def gated_delta_rule_step(q, k, v, log_decay, beta, states, place: Place, *, sca
     tile = tile_of(width, 16 if batch * chosen * heads * width < 64 * MULTIPROCESSORS else 32)
 
     def kernel(place, q, k, v, log_decay, beta, states):
-        operands = q, k, v, jnp.exp(log_decay), beta, states, _as_integers(place)
+        operands = q, k, v, jnp.exp(log_decay.astype(jnp.float32)), beta, states, _as_integers(place)
         out_shape = jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(states.shape, states.dtype)
         return launch(
             functools.partial(_recurrence_kernel, scale=scale, tile=tile), *operands, name="recurrence_step",
@@ -62,11 +63,8 @@ def gated_delta_rule_step(q, k, v, log_decay, beta, states, place: Place, *, sca
     return with_plain_gradient(kernel, reference, place, q, k, v, log_decay, beta, states)
 
 
-def _convolution_kernel(streams, weights, biases, place: Place, *histories_and_outputs, normalized):
+def _convolution_kernel(streams, weights, biases, place: Place, histories, outputs, after, *, normalized):
     """Every stream of one head in one state."""
-    names = list(streams)
-    histories = dict(zip(names, histories_and_outputs, strict=False))
-    outputs, after = histories_and_outputs[len(names) :]
     head, r, row = (pl.program_id(axis) for axis in range(3))
     layer, state = place.layer[()], place.index[row, r]
     continues, active = place.continues[row, r] > 0, place.active[row] > 0
@@ -92,16 +90,13 @@ def _convolution_kernel(streams, weights, biases, place: Place, *histories_and_o
 
 def short_convolution_step(streams, weights, biases, histories, place: Place, *, normalized, interpret=False):
     """See :func:`pallas_kernels.api.short_convolution_step`."""
-    names = list(streams)
-    batch, chosen, heads = streams[names[0]].shape[:3]
+    batch, chosen, heads = next(iter(streams.values())).shape[:3]
 
     def kernel(place, streams, weights, biases, histories):
-        operands = streams, weights, biases, _as_integers(place)
-        first = len(jax.tree.leaves(operands))
-        operands = *operands, *(histories[name] for name in names)
+        operands = streams, weights, biases, _as_integers(place), histories
         out_shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (streams, histories))
-        # Dictionaries are flattened in the order of their keys.
-        aliases = {first + names.index(name): len(names) + i for i, name in enumerate(sorted(names))}
+        first, count = len(jax.tree.leaves(operands[:-1])), len(histories)
+        aliases = {first + i: count + i for i in range(count)}
         return launch(
             functools.partial(_convolution_kernel, normalized=normalized), *operands, name="short_convolution_step",
             grid=(heads, chosen, batch), in_specs=_whole(operands), out_specs=_whole(out_shape), out_shape=out_shape,
