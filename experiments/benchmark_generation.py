@@ -22,7 +22,7 @@ from flax import nnx
 from timing import Timing, device_figures, title, write_report
 
 from mom_jax.config import PRESETS, ModelConfig, require
-from mom_jax.generation import _decode, _empty_state, _start, inference_model, prefill
+from mom_jax.generation import begin_decoding, decode, empty_state, inference_model, prefill
 from mom_jax.model import MoMLanguageModel, bind, init_params
 from mom_jax.sampling import Sampling
 
@@ -69,14 +69,14 @@ def measure(config: BenchmarkGeneration, work: str, model: MoMLanguageModel, cop
         state, hidden = jax.block_until_ready(prefill(model.config, params, prompts, None))
         seconds = time.perf_counter() - start
     if not length:
-        state = _empty_state(model.config, rows, None)
+        state = empty_state(model.config, rows, None)
         hidden = jax.numpy.ones((rows, model.config.hidden_size), model.config.dtype)
     state_gib = sum(x.nbytes for x in jax.tree.leaves(state)) / 2**30
-    decoding = _start(state, hidden, [np.zeros(1, np.int32)] * rows, 2 * config.tokens, None)
+    decoding = begin_decoding(state, hidden, [np.zeros(1, np.int32)] * rows, 2 * config.tokens, None)
     arguments = Sampling(temperature=0.0).options(), np.zeros(rows, np.uint32), np.zeros(model.config.vocab_size, bool)
     for limit in (config.tokens, 2 * config.tokens):
         start = time.perf_counter()
-        decoding = _decode(model.config, params, decoding, *arguments, np.int32(limit))
+        decoding = decode(model.config, params, decoding, *arguments, np.int32(limit))
         jax.block_until_ready(decoding.tokens)
         ms = 1e3 * (time.perf_counter() - start) / config.tokens
     floor = 1e3 * step_bytes(model.config, params, rows) / copy_rate

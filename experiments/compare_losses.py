@@ -67,9 +67,8 @@ def reordered(tree, width: int, seed: int):
     return jax.tree.map(leaf, tree)
 
 
-def losses(config: CompareLosses, batches: list, step, seed: int, reorder: bool) -> list[float]:
+def losses(config: CompareLosses, mesh, batches: list, step, seed: int, reorder: bool) -> list[float]:
     """The loss of every step, in nats a token."""
-    mesh = make_mesh(MeshConfig())
     state = make_state(config.model, dataclasses.replace(config.train, seed=seed), mesh)
     if reorder:
         state["params"] = jax.jit(reordered, static_argnums=(1, 2))(state["params"], config.model.hidden_size, seed)
@@ -97,7 +96,7 @@ def main(config: CompareLosses) -> dict:
         for seed in range(config.seeds):
             for arm in found:
                 implementation = config.kernels if arm == "kernels" else config.plain
-                found[arm].append(losses(config, batches, steps[implementation], seed, arm == "reordered"))
+                found[arm].append(losses(config, mesh, batches, steps[implementation], seed, arm == "reordered"))
             ends = ", ".join(f"{arm} {runs[-1][0]:.4f} -> {runs[-1][-1]:.4f}" for arm, runs in found.items())
             print(f"seed {seed}: {ends}", flush=True)
 

@@ -114,11 +114,12 @@ def generate(
 
     params, options = nnx.to_pure_dict(nnx.state(inference_model(model))), sampling.options()
     state, hidden = prefill(config, params, ids, max_length)
-    decoding = _start(state, hidden, ids, max_new_tokens, vocab_size if options.repetition_penalty is not None else None)
+    width = vocab_size if options.repetition_penalty is not None else None
+    decoding = begin_decoding(state, hidden, ids, max_new_tokens, width)
     done = 0
     while done < max_new_tokens and not np.all(decoding.is_done):
         limit = max_new_tokens if callback is None else min(done + block, max_new_tokens)
-        decoding = _decode(config, params, decoding, options, seeds, is_stop, np.int32(limit))
+        decoding = decode(config, params, decoding, options, seeds, is_stop, np.int32(limit))
         if callback is not None:
             callback([row[row >= 0].tolist() for row in np.array(decoding.tokens)[:, done:limit]])
         done = limit
@@ -156,7 +157,7 @@ def prefill(
     nothing else about the lengths, decide what is compiled. Beside the prompts' ids nothing grows with their lengths.
     """
     total = -(-max(map(len, prompts)) // PIECES[-1]) * PIECES[-1]
-    state, begin = _empty_state(config, len(prompts), max_length), 0
+    state, begin = empty_state(config, len(prompts), max_length), 0
     for size in piece_sizes(total):
         tokens, mask = np.zeros((len(prompts), size), np.int32), np.zeros((len(prompts), size), bool)
         for row, prompt in enumerate(prompts):
@@ -178,7 +179,7 @@ def piece_sizes(total: int) -> list[int]:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty_state(config, batch_size, max_length):
+def empty_state(config, batch_size, max_length):
     return nnx.merge(*model_structure(config)).init_state(batch_size, max_length)
 
 
@@ -188,7 +189,7 @@ def _prefill_piece(config, params, state, tokens, mask):
     return out.state, out.hidden[:, -1]
 
 
-def _start(state, hidden, prompts, max_new_tokens, vocab_size) -> Decoding:
+def begin_decoding(state, hidden, prompts, max_new_tokens, vocab_size) -> Decoding:
     """The loop's beginning; ``vocab_size`` None: the tokens seen are not needed."""
     batch_size = len(prompts)
     capacity = max(MIN_CAPACITY, 1 << (max_new_tokens - 1).bit_length())
@@ -202,7 +203,7 @@ def _start(state, hidden, prompts, max_new_tokens, vocab_size) -> Decoding:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(config, params, decoding: Decoding, options: Options, seeds, is_stop, limit) -> Decoding:
+def decode(config, params, decoding: Decoding, options: Options, seeds, is_stop, limit) -> Decoding:
     """Draws tokens until there are ``limit`` or all rows are done.
 
     The key of a row's token number n is its seed's, folded with n.

@@ -1,111 +1,58 @@
-"""The public sequence ops: one signature, one validation and one dispatch loop for every implementation."""
-
-from collections.abc import Callable
-from functools import partial
-from types import ModuleType
+"""The public sequence ops: one signature, one validation and one dispatch loop (dispatch.py) for every implementation."""
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import chunked, reference, triton
+from pallas_kernels.decoding import gated_delta_rule_step, short_convolution_step, stacked_matmul
+from pallas_kernels.dispatch import check, check_widths, choose, unsupported_reason
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.layer_ops import convolution_history, gated_rms_norm, l2_norm, rms_norm
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 from pallas_kernels.step import Place, states_at
+from pallas_kernels.triton import CHUNK_MATRICES
 
 __all__ = [
     "SEGMENT_ALIGNMENT", "Place", "Segments", "WORTH_KEEPING", "combine_gated_rms_norm", "convolution_history",
     "gated_delta_rule", "gated_delta_rule_step", "gated_rms_norm", "gather_sum", "grouped_matmul", "l2_norm",
     "linear_attention", "linear_cross_entropy", "rms_norm", "short_convolution", "short_convolution_step",
-    "stacked_matmul", "states_at",
+    "stacked_matmul", "states_at", "unsupported_reason",
 ]  # fmt: skip
 
-# In the order in which None tries them.
-IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "chunked": chunked, "reference": reference}
-PALLAS = ("triton",)
 # Names, for policies of jax.checkpoint, of results that take little memory for what they cost to compute again.
-WORTH_KEEPING = ("grouped_matmul", "combine_gated_rms_norm", triton.CHUNK_MATRICES)
-PLANNED = ("mosaic_tpu",)
-
-
-def unsupported_reason(op: str, implementation: str, arrays: dict, *, interpret: bool = False) -> str | None:
-    """Why ``implementation`` cannot run ``op`` on ``arrays`` (its arguments by name) here; None if it can."""
-    if implementation in PLANNED:
-        return f"the {implementation} implementation of {op} is not written yet"
-    if implementation not in IMPLEMENTATIONS:
-        return f"there is no such implementation; choose one of {', '.join(IMPLEMENTATIONS)} or None"
-    if implementation in PALLAS:
-        return IMPLEMENTATIONS[implementation].unsupported_reason(op, arrays, interpret=interpret)
-    return None
-
-
-def _choose(op: str, implementation: str | None, arrays: dict, interpret: bool) -> Callable:
-    """The function that runs ``op``: the named one, or the first that can.
-
-    Raises:
-      ValueError: the name is unknown. NotImplementedError: the named one cannot run this call.
-    """
-    named = implementation is not None
-    names = [implementation] if named else list(IMPLEMENTATIONS)
-    reasons = {name: unsupported_reason(op, name, arrays, interpret=interpret) for name in names}
-    for name, reason in reasons.items():
-        if reason is None:
-            function = getattr(IMPLEMENTATIONS[name], op)
-            return partial(function, interpret=interpret) if name in PALLAS else function
-    is_known = not named or implementation in PLANNED or implementation in IMPLEMENTATIONS
-    error = NotImplementedError if is_known else ValueError
-    raise error(f"{op}: implementation = {implementation!r}: {'; '.join(map(str, reasons.values()))}")
-
-
-def _check(op: str, condition: bool, name: str, value, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {name} is {value}; {allowed}")
-
-
-def _check_widths(op, key_width, value_width):
-    power_of_two = key_width & (key_width - 1) == 0
-    _check(op, power_of_two and key_width <= 256, "K", key_width, "it must be a power of two up to 256")
-    _check(op, value_width % 16 == 0 and 0 < value_width <= 1280, "V", value_width, "a multiple of 16 up to 1280")
-
-
-def _check_place(op, place: Place, shape):
-    """``shape``: [B, R]."""
-    for name, expected in (("index", shape), ("continues", shape), ("active", shape[:1])):
-        found = getattr(place, name).shape
-        _check(op, found == expected, f"the shape of place.{name}", found, f"it must be {expected}")
+WORTH_KEEPING = ("grouped_matmul", "combine_gated_rms_norm", CHUNK_MATRICES)
 
 
 def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale, implementation, interpret):
     """Validates, fills in defaults, pads to the alignment, runs and cuts the padding off again."""
-    _check(op, q.ndim == 4, "the shape of q", q.shape, "it must be [B, N, H, K]")
+    check(op, q.ndim == 4, "the shape of q", q.shape, "it must be [B, N, H, K]")
     batch, num_slots, heads, key_width = q.shape
-    _check(op, k.shape == q.shape, "the shape of k", k.shape, f"it must be that of q, {q.shape}")
-    _check(op, v.shape[:3] == q.shape[:3] and v.ndim == 4, "the shape of v", v.shape, f"it must be {q.shape[:3]} + [V]")
+    check(op, k.shape == q.shape, "the shape of k", k.shape, f"it must be that of q, {q.shape}")
+    check(op, v.shape[:3] == q.shape[:3] and v.ndim == 4, "the shape of v", v.shape, f"it must be {q.shape[:3]} + [V]")
     value_width = v.shape[3]
-    _check_widths(op, key_width, value_width)
+    check_widths(op, key_width, value_width)
     is_number = scale is None or not isinstance(scale, jax.Array)
-    _check(op, is_number, "scale", scale, "a Python number or None: multiply q by what is computed")
-    _check(op, num_slots > 0, "N", num_slots, "there must be at least one slot")
+    check(op, is_number, "scale", scale, "a Python number or None: multiply q by what is computed")
+    check(op, num_slots > 0, "N", num_slots, "there must be at least one slot")
     for name, x in (("q", q), ("k", k), ("v", v)):
         allowed = x.dtype in (jnp.float32, jnp.bfloat16)
-        _check(op, allowed and x.dtype == v.dtype, f"the dtype of {name}", x.dtype, "q, k, v: float32 or bfloat16, alike")
+        check(op, allowed and x.dtype == v.dtype, f"the dtype of {name}", x.dtype, "q, k, v: float32 or bfloat16, alike")
     if log_decay is not None:
         shapes = (q.shape[:3], q.shape)
-        _check(op, log_decay.shape in shapes, "the shape of log_decay", log_decay.shape, f"one of {shapes}")
+        check(op, log_decay.shape in shapes, "the shape of log_decay", log_decay.shape, f"one of {shapes}")
     for gate in gates:
-        _check(op, gate.shape == q.shape[:3], "the shape of beta", gate.shape, f"it must be {q.shape[:3]}")
+        check(op, gate.shape == q.shape[:3], "the shape of beta", gate.shape, f"it must be {q.shape[:3]}")
     if run_ids is not None:
-        _check(op, run_ids.shape == q.shape[:2], "the shape of run_ids", run_ids.shape, f"it must be {q.shape[:2]}")
+        check(op, run_ids.shape == q.shape[:2], "the shape of run_ids", run_ids.shape, f"it must be {q.shape[:2]}")
     segments = _check_segments(op, segments, batch, num_slots)
     state_shape = (batch, segments.num_segments, heads, key_width, value_width)
     if initial_state is not None:
         shape, allowed = initial_state.shape, f"it must be [B, S, H, K, V] = {state_shape}"
-        _check(op, shape == state_shape, "the shape of initial_state", shape, allowed)
+        check(op, shape == state_shape, "the shape of initial_state", shape, allowed)
         initial_state = initial_state.astype(jnp.float32)
 
-    run = _choose(op, implementation, {"k": k, "v": v, "log_decay": log_decay}, interpret)
+    run = choose(op, implementation, {"k": k, "v": v, "log_decay": log_decay}, interpret)
     pad = -num_slots % SEGMENT_ALIGNMENT
     padded = [None if x is None else _pad_slots(x, pad) for x in (q, k, v, log_decay, *gates, run_ids)]
     o, final_state = run(
@@ -126,18 +73,18 @@ def _check_segments(op: str, segments: Segments | None, batch: int, num_slots: i
     if segments is None:
         return Segments.full(batch, num_slots)
     slots = f"N = {num_slots}"
-    _check(op, num_slots % SEGMENT_ALIGNMENT == 0, "N", num_slots, f"with segments a multiple of {SEGMENT_ALIGNMENT}")
+    check(op, num_slots % SEGMENT_ALIGNMENT == 0, "N", num_slots, f"with segments a multiple of {SEGMENT_ALIGNMENT}")
     count = segments.num_segments
     shapes = (segments.offsets.shape, segments.lengths.shape)
-    _check(op, shapes == ((batch, count + 1), (batch, count)), "the shape of segments", shapes, "[B, S+1] and [B, S]")
+    check(op, shapes == ((batch, count + 1), (batch, count)), "the shape of segments", shapes, "[B, S+1] and [B, S]")
     if not isinstance(segments.offsets, jax.core.Tracer) and not isinstance(segments.lengths, jax.core.Tracer):
         offsets, lengths = jax.device_get(segments)
         owned = offsets[:, 1:] - offsets[:, :-1]
         aligned = not (offsets % SEGMENT_ALIGNMENT).any() and (offsets[:, 0] >= 0).all() and (owned >= 0).all()
         allowed = f"ascending multiples of {SEGMENT_ALIGNMENT} up to {slots}"
-        _check(op, bool(aligned and (offsets <= num_slots).all()), "segments.offsets", offsets.tolist(), allowed)
+        check(op, bool(aligned and (offsets <= num_slots).all()), "segments.offsets", offsets.tolist(), allowed)
         fits = bool((lengths >= 0).all() and (lengths <= owned).all())
-        _check(op, fits, "segments.lengths", lengths.tolist(), "from 0 to the slots that the segment owns")
+        check(op, fits, "segments.lengths", lengths.tolist(), "from 0 to the slots that the segment owns")
     return segments
 
 
@@ -234,14 +181,14 @@ def grouped_matmul(
     op, weights = "grouped_matmul", w if isinstance(w, tuple) else (w,)
     for w_ in weights:
         shapes_fit = x.ndim == w_.ndim == 3 and x.shape[2] == w_.shape[1] and w_.shape[0] == segments.num_segments
-        _check(op, shapes_fit, "the shapes of x and w", (x.shape, w_.shape), "[B, N, D] and [S, D, E]")
-    _check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
+        check(op, shapes_fit, "the shapes of x and w", (x.shape, w_.shape), "[B, N, D] and [S, D, E]")
+    check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
     num_slots = x.shape[1] if token_of is None else token_of.shape[1]
     segments = _check_segments(op, segments, x.shape[0], num_slots)
     for name, array in (("x", x), *(("w", w_) for w_ in weights)):
         allowed = array.dtype in (jnp.float32, jnp.bfloat16) and array.dtype == x.dtype
-        _check(op, allowed, f"the dtype of {name}", array.dtype, "x and w: float32 or bfloat16, alike")
-    run = _choose(op, implementation, {"x": x, "w": weights}, interpret)
+        check(op, allowed, f"the dtype of {name}", array.dtype, "x and w: float32 or bfloat16, alike")
+    run = choose(op, implementation, {"x": x, "w": weights}, interpret)
     products = run(x, weights, segments=segments, token_of=token_of, slot_of=slot_of)
     products = tuple(checkpoint_name(y, op) for y in products)
     return products if isinstance(w, tuple) else products[0]
@@ -278,10 +225,10 @@ def short_convolution(
       y, of x's dtype; the arithmetic is float32. What dead slots get is not said: the ops that follow mask them.
     """
     op = "short_convolution"
-    _check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
+    check(op, (token_of is None) == (slot_of is None), "one of token_of and slot_of", None, "give both or neither")
     shapes_fit = x.ndim == weight.ndim + 1 and weight.shape[1:] == x.shape[2:]
-    _check(op, shapes_fit, "the shapes of x and weight", (x.shape, weight.shape), "[B, N, H, K] and [W, H, K]")
-    run = _choose(op, implementation, {"x": x, "normalize": normalize}, interpret)
+    check(op, shapes_fit, "the shapes of x and weight", (x.shape, weight.shape), "[B, N, H, K] and [W, H, K]")
+    run = choose(op, implementation, {"x": x, "normalize": normalize}, interpret)
     return run(x, weight, bias, segments, run_ids, history, normalize=normalize, token_of=token_of, slot_of=slot_of)
 
 
@@ -311,7 +258,7 @@ def combine_gated_rms_norm(
     Returns:
       y, of o's dtype, zero for tokens without a slot.
     """
-    run = _choose("combine_gated_rms_norm", implementation, {"x": o}, interpret)
+    run = choose("combine_gated_rms_norm", implementation, {"x": o}, interpret)
     y = run(o, weights, gate, scale, eps, slot_of=slot_of, token_of=token_of, choice_of=choice_of)
     return checkpoint_name(y, "combine_gated_rms_norm")
 
@@ -338,106 +285,11 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     shape = (head.shape[::-1] if transposed else head.shape) if head.ndim == 2 else ()
-    _check(op, shape[:1] == hidden.shape[2:], "the shape of head", head.shape, f"D is {hidden.shape[-1]}: [D, O], or [O, D]")
+    check(op, shape[:1] == hidden.shape[2:], "the shape of head", head.shape, f"D is {hidden.shape[-1]}: [D, O], or [O, D]")
     allowed = f"it must be {hidden.shape[:2]}"
-    _check(op, targets.shape == hidden.shape[:2], "the shape of targets", targets.shape, allowed)
+    check(op, targets.shape == hidden.shape[:2], "the shape of targets", targets.shape, allowed)
     allowed = hidden.dtype in (jnp.float32, jnp.bfloat16)
-    _check(op, allowed, "the dtype of hidden", hidden.dtype, "float32 or bfloat16")
-    _check(op, chunk > 0, "chunk", chunk, "at least one token")
-    run = _choose(op, implementation, {"hidden": hidden, "head": head}, interpret)
+    check(op, allowed, "the dtype of hidden", hidden.dtype, "float32 or bfloat16")
+    check(op, chunk > 0, "chunk", chunk, "at least one token")
+    run = choose(op, implementation, {"hidden": hidden, "head": head}, interpret)
     return run(hidden, head, targets, chunk=chunk, transposed=transposed)
-
-
-def gated_delta_rule_step(
-    q: Float[Array, "B R H K"],
-    k: Float[Array, "B R H K"],
-    v: Float[Array, "B R H V"],
-    log_decay: Float[Array, "B R H"],
-    beta: Float[Array, "B R H"],
-    states: Float[Array, "L B S H K V"],
-    place: Place,
-    *,
-    scale: float | None = None,
-    implementation: str | None = None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "B R H V"], Float[Array, "L B S H K V"]]:
-    """One token a row of :func:`gated_delta_rule` into R of the row's states; see there for the arguments.
-
-    Args:
-      states: a pool, float32, which a compiled loop updates in place.
-      place: the states' places in it.
-
-    Returns:
-      o, of v's dtype, and the pool after the token.
-    """
-    op, batch = "gated_delta_rule_step", q.shape[0]
-    _check_widths(op, q.shape[3], v.shape[3])
-    _check_place(op, place, q.shape[:2])
-    expected = {"k": q.shape, "v": q.shape[:3] + states.shape[5:], "log_decay": q.shape[:3], "beta": q.shape[:3]}
-    for name, x in (("k", k), ("v", v), ("log_decay", log_decay), ("beta", beta)):
-        _check(op, x.shape == expected[name], f"the shape of {name}", x.shape, f"it must be {expected[name]}")
-    allowed = (states.shape[0], batch, states.shape[2], *q.shape[2:], v.shape[3])
-    _check(op, states.shape == allowed and states.dtype == jnp.float32, "states", states.aval, f"float32 {allowed}")
-    run = _choose(op, implementation, {"k": k, "v": v}, interpret)
-    return run(q, k, v, log_decay, beta, states, place, scale=q.shape[3] ** -0.5 if scale is None else scale)
-
-
-def short_convolution_step(
-    streams: dict[str, Float[Array, "B R H _"]],
-    weights: dict[str, Float[Array, "W H _"]],
-    biases: dict[str, Float[Array, "H _"] | None],
-    histories: dict[str, Float[Array, "L B S W-1 H _"]],
-    place: Place,
-    *,
-    normalized: tuple[str, ...] = (),
-    implementation: str | None = None,
-    interpret: bool = False,
-) -> tuple[dict[str, Float[Array, "B R H _"]], dict[str, Float[Array, "L B S W-1 H _"]]]:
-    """One token a row of :func:`short_convolution`, of several streams, into R of the row's states.
-
-    Args:
-      histories: pools of the W-1 inputs before, which a compiled loop updates in place.
-      normalized: names of the streams whose heads are divided by their l2 norm.
-
-    Returns:
-      The outputs, of the streams' dtypes, and the pools after the token.
-    """
-    op = "short_convolution_step"
-    for name, x in streams.items():
-        _check_place(op, place, x.shape[:2])
-        taps, rest = weights[name].shape[0], x.shape[2:]
-        _check(op, weights[name].shape[1:] == rest, f"the shape of weights of {name}", weights[name].shape, f"[W, *{rest}]")
-        pool = histories[name].shape
-        expected = (pool[0], x.shape[0], pool[2], taps - 1, *rest)
-        _check(op, pool == expected, f"the shape of histories of {name}", pool, f"it must be {expected}")
-        is_fit = biases[name] is None or biases[name].shape == rest
-        _check(op, is_fit, f"the shape of biases of {name}", None if is_fit else biases[name].shape, f"it must be {rest}")
-    arrays = {"streams": streams, "weights": weights, "normalized": normalized}
-    run = _choose(op, implementation, arrays, interpret)
-    return run(streams, weights, biases, histories, place, normalized=normalized)
-
-
-def stacked_matmul(
-    x: Float[Array, "R D"],
-    weights: tuple[Float[Array, "L _ D _"], ...],
-    layer: Int[Array, ""],
-    *,
-    out_dtype=None,
-    implementation: str | None = None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "R _ _"], ...]:
-    """y_m = x w[layer, m] for a few rows x, such as those of a step of decoding, whatever the size of the stacks w.
-
-    Args:
-      weights: [L, M, D, N] each, of x's dtype; products are accumulated in float32.
-      out_dtype: of the results; None: x's.
-
-    Returns:
-      y [R, M, N] for each.
-    """
-    op = "stacked_matmul"
-    for w in weights:
-        _check(op, w.ndim == 4 and x.shape[1:] == w.shape[2:3], "the shape of w", w.shape, f"[L, M, D = {x.shape[1]}, N]")
-        _check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
-    run = _choose(op, implementation, {"x": x, "weights": weights}, interpret)
-    return run(x, weights, layer, out_dtype=out_dtype or x.dtype)

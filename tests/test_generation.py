@@ -101,15 +101,15 @@ def test_no_length_is_compiled_in(small_pieces, caplog):
         return generate(model, rows, max_new_tokens=new, sampling=Sampling(temperature), **settings)
 
     call(64, 1, 1.0)
-    programs = generation._decode._cache_size(), generation._prefill_piece._cache_size()
+    programs = generation.decode._cache_size(), generation._prefill_piece._cache_size()
     with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
         for length, new, temperature in ((2, 64, 0.5), (300, 33, 2.0), (129, 2, 1.0)):
             call(length, new, temperature, seed=new, stop_ids=[new // 2])
         call(65, 20, 1.0, callback=lambda new: None, block=3, max_length=999)
     assert [record.message for record in caplog.records if "ompil" in record.message] == []
-    assert programs == (generation._decode._cache_size(), generation._prefill_piece._cache_size())
+    assert programs == (generation.decode._cache_size(), generation._prefill_piece._cache_size())
     call(64, 65, 1.0)  # beyond the buffer: one more program
-    assert generation._decode._cache_size() == programs[0] + 1
+    assert generation.decode._cache_size() == programs[0] + 1
 
 
 def test_the_size_of_the_state_depends_on_no_length(small_pieces):
@@ -120,14 +120,14 @@ def test_the_size_of_the_state_depends_on_no_length(small_pieces):
 
 
 def test_a_row_ends_at_its_stop_token_and_the_loop_with_the_last_row(small_pieces, monkeypatch):
-    model, counts, decode = model_of(config_of()), [], generation._decode
+    model, counts, decode = model_of(config_of()), [], generation.decode
 
     def counting(*args):
         decoding = decode(*args)
         counts.append(int(decoding.count))
         return decoding
 
-    monkeypatch.setattr(generation, "_decode", counting)
+    monkeypatch.setattr(generation, "decode", counting)
     full = ids(generate(model, prompts(), max_new_tokens=20, sampling=LOOSE))
     stops = [row[place] for row, place in zip(full, (2, 5, 3), strict=True)]
     places = [min(row.index(stop) for stop in stops if stop in row) for row in full]
