@@ -85,7 +85,7 @@ WORKS: dict[str, Recurrence | Grouped] = {
 }
 
 
-COLUMNS = ("work", "implementation", "what", "ms", "TFLOP/s", "floor, ms", "% of floor", "error")
+COLUMNS = ("work", "implementation", "what", "ms", "TFLOP/s", "GB/s", "floor, ms", "% of floor", "error")
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,14 @@ def time_grouped(config: BenchmarkKernels, work: Grouped, implementation: str) -
     return {work.product: milliseconds(config, jax.jit(partial(grouped, work, implementation)), *grouped_inputs(work))}
 
 
+def work_of(work: Recurrence | Grouped, what: str) -> tuple[float, float]:
+    """FLOP, and bytes read and written at least."""
+    return (3.5 * work.flops, 2.5 * work.bytes) if what == "with gradients" else (work.flops, work.bytes)
+
+
 def floor(work: Recurrence | Grouped, what: str, matmul_rate: float, copy_rate: float) -> float:
     """Milliseconds that the device's measured rates allow."""
-    flops, traffic = work.flops, work.bytes
-    if what == "with gradients":
-        flops, traffic = 3.5 * flops, 2.5 * traffic
+    flops, traffic = work_of(work, what)
     return 1e3 * max(flops / matmul_rate, traffic / copy_rate)
 
 
@@ -212,10 +215,11 @@ def main(config: BenchmarkKernels) -> dict:
                 continue
             for what, ms in measure(config, work, implementation).items():
                 lowest = floor(work, what, figures["matmul_flops_per_s"], figures["copy_bytes_per_s"])
-                flops = work.flops * (3.5 if what == "with gradients" else 1)
+                flops, traffic = work_of(work, what)
                 row = {
                     "work": name, "implementation": implementation, "what": what, "ms": ms, "tflops": flops / ms / 1e9,
-                    "floor_ms": lowest, "percent_of_floor": 100 * lowest / ms, "error": error,
+                    "gb_per_s": traffic / ms / 1e6, "floor_ms": lowest, "percent_of_floor": 100 * lowest / ms,
+                    "error": error,
                 }  # fmt: skip
                 rows.append(row)
                 print(format_row(row), flush=True)
@@ -229,7 +233,7 @@ def main(config: BenchmarkKernels) -> dict:
 def format_row(row: dict) -> str:
     return (
         f"| {row['work']} | {row['implementation']} | {row['what']} | {row['ms']:.3f} | {row['tflops']:.0f} "
-        f"| {row['floor_ms']:.2f} | {row['percent_of_floor']:.0f} | {row['error']:.1e} |"
+        f"| {row['gb_per_s']:.0f} | {row['floor_ms']:.2f} | {row['percent_of_floor']:.0f} | {row['error']:.1e} |"
     )
 
 

@@ -104,5 +104,3 @@ def plot_times(rows: list[dict], heading: str, path: Path) -> None:
     axes.set(xlabel="ms", title=heading)
     axes.title.set_fontsize(8)
     figure.savefig(path, dpi=120)
-
-
