@@ -9,15 +9,23 @@ is hidden; cotangents are random. The floor is what the device's own measured ma
     FLOP / matmul rate   B T H (6 K V + 4 C (K + V)), C = 64, for the ops (with gradients: 3.5 times); 2 N D E a product
 
 A work whose implementation is wrong (relative L2 error over the tests' limits) is not timed and ends the run with status 1.
+
+Where flash-linear-attention or jax-linear-attention is installed, its sequence ops run on the same arrays. Their error is
+shown and ends nothing; what they cannot run is left out and the reason printed. flash-linear-attention returns all that ours
+do, but its backward may refuse to run (see benchmark_layer.py): then the error is that of the outputs. jax-linear-attention
+returns only the last segment's state of a row, and is compared on that. The floor, and the FLOP and bytes of the rates, are
+the same for all.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import peers
 from cli import run
-from timing import LIMIT, Timing, device_figures, milliseconds, relative_error, title, write_report
+from timing import LIMIT, Timing, device_figures, milliseconds, relative_error, table_row, title, write_report
 
 from mom_jax.config import require
 from pallas_kernels import api
@@ -26,7 +34,7 @@ from pallas_kernels.api import Segments
 
 @dataclass(frozen=True)
 class Recurrence:
-    """A sequence op over rows of T tokens in equal segments."""
+    """A sequence op over rows of T tokens in equal segments; ``last_state_only``: of final states a row's last counts."""
 
     op: str
     batch: int
@@ -36,6 +44,7 @@ class Recurrence:
     value: int
     segments: int = 4
     decay: str | None = "head"
+    last_state_only: bool = False
 
     @property
     def flops(self) -> float:
@@ -94,8 +103,8 @@ class BenchmarkKernels(Timing):
 
     works: tuple[str, ...] = tuple(name for name in WORKS if not name.startswith("small"))
     """Names of WORKS in this file; those named small are for a CPU."""
-    implementations: tuple[str, ...] = ("triton", "chunked")
-    """Implementations to set side by side."""
+    implementations: tuple[str, ...] = ("triton", "chunked", *peers.installed())
+    """Implementations to set side by side; "fla" is flash-linear-attention, "jla" is jax-linear-attention."""
     output: str = "runs/benchmark_kernels"
     """Directory of the table and the figures."""
 
@@ -122,12 +131,16 @@ def recurrence_inputs(work: Recurrence) -> tuple:
     if work.op == "gated_delta_rule":
         arrays += (jax.random.uniform(next(keys), shape),)
     segments = Segments.from_lengths(jnp.full((work.batch, work.segments), work.tokens // work.segments, jnp.int32))
-    state = (work.batch, work.segments, work.heads, work.key, work.value)
+    states = 1 if work.last_state_only else work.segments
+    state = (work.batch, states, work.heads, work.key, work.value)
     return arrays, segments, (do, jax.random.normal(next(keys), state))
 
 
 def recurrence(work: Recurrence, implementation: str, arrays, segments):
-    return getattr(api, work.op)(*arrays, segments=segments, implementation=implementation)
+    if implementation == "jla":
+        return peers.jla_recurrence(work.op, work.decay, arrays, segments)
+    o, states = getattr(api, work.op)(*arrays, segments=segments, implementation=implementation)
+    return o, states[:, -1:] if work.last_state_only else states
 
 
 def with_gradients(work: Recurrence, implementation: str, arrays, segments, cotangents):
@@ -138,15 +151,23 @@ def with_gradients(work: Recurrence, implementation: str, arrays, segments, cota
 def check_recurrence(work: Recurrence, implementation: str) -> float:
     """The error of outputs, states and gradients on a few hundred tokens; of a single row on what is cut into spans."""
     batch, tokens, segments = (2, 256, 2) if work.batch > 1 else (1, min(work.tokens, 4096), work.segments)
-    few = Recurrence(work.op, batch, tokens, min(work.heads, 2), work.key, work.value, segments, work.decay)
+    segments = min(segments, work.segments)
+    few = dataclasses.replace(work, batch=batch, tokens=tokens, heads=min(work.heads, 2), segments=segments)
     inputs = recurrence_inputs(few)
-    actual = jax.jit(partial(with_gradients, few, implementation))(*inputs)
+    if implementation == "fla":
+        actual = peers.torch_results(*peers.fla_recurrence(work.op, work.decay, *inputs))
+    else:
+        actual = jax.jit(partial(with_gradients, few, implementation))(*inputs)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
-    return relative_error(actual, jax.jit(partial(with_gradients, few, "reference"))(*exact))
+    expected = jax.jit(partial(with_gradients, few, "reference"))(*exact)
+    return relative_error(actual, expected[: len(actual)])
 
 
-def time_recurrence(config: BenchmarkKernels, work: Recurrence, implementation: str) -> dict[str, float]:
+def time_recurrence(config: BenchmarkKernels, work: Recurrence, implementation: str) -> dict[str, float | None]:
     arrays, segments, cotangents = recurrence_inputs(work)
+    if implementation == "fla":
+        times = peers.time_torch(config, *peers.fla_recurrence(work.op, work.decay, arrays, segments, cotangents))
+        return {"forward": times["forward_ms"], "with gradients": times["ms"]}
     forward = jax.jit(partial(recurrence, work, implementation))
     both = jax.jit(partial(with_gradients, work, implementation))
     return {
@@ -187,6 +208,17 @@ def time_grouped(config: BenchmarkKernels, work: Grouped, implementation: str) -
     return {work.product: milliseconds(config, jax.jit(partial(grouped, work, implementation)), *grouped_inputs(work))}
 
 
+def measure(config: BenchmarkKernels, work: Recurrence | Grouped, implementation: str) -> tuple[float, dict]:
+    """The error, and the times; none of ours where it is over the limit."""
+    check, time = check_grouped, time_grouped
+    if isinstance(work, Recurrence):
+        work = dataclasses.replace(work, last_state_only=implementation == "jla")
+        check, time = check_recurrence, time_recurrence
+    error = check(work, implementation)
+    is_timed = error <= LIMIT or implementation in peers.PEERS
+    return error, time(config, work, implementation) if is_timed else {}
+
+
 def work_of(work: Recurrence | Grouped, what: str) -> tuple[float, float]:
     """FLOP, and bytes read and written at least."""
     return (3.5 * work.flops, 2.5 * work.bytes) if what == "with gradients" else (work.flops, work.bytes)
@@ -199,27 +231,33 @@ def floor(work: Recurrence | Grouped, what: str, matmul_rate: float, copy_rate: 
 
 
 def main(config: BenchmarkKernels) -> dict:
-    figures = device_figures(config)
+    figures = device_figures(config) | {"peers": peers.versions()}
     print(title(figures))
+    for name in peers.PEERS:
+        if name not in peers.installed():
+            print(f"{name} is left out: it is not installed")
     rows, wrong = [], []
     for name in config.works:
         work = WORKS[name]
-        check, measure = check_grouped, time_grouped
-        if isinstance(work, Recurrence):
-            check, measure = check_recurrence, time_recurrence
         for implementation in config.implementations:
-            error = check(work, implementation)
-            if not error <= LIMIT:
+            try:
+                error, times = measure(config, work, implementation)
+            except Exception as reason:
+                if implementation not in peers.PEERS:
+                    raise
+                print(f"{name} {implementation} is left out: {reason!r:.300}")
+                continue
+            if not times:
                 wrong.append(f"{name} {implementation}: relative error {error:.2g} > {LIMIT}")
                 print(wrong[-1])
                 continue
-            for what, ms in measure(config, work, implementation).items():
+            for what, ms in times.items():
                 lowest = floor(work, what, figures["matmul_flops_per_s"], figures["copy_bytes_per_s"])
                 flops, traffic = work_of(work, what)
                 row = {
-                    "work": name, "implementation": implementation, "what": what, "ms": ms, "tflops": flops / ms / 1e9,
-                    "gb_per_s": traffic / ms / 1e6, "floor_ms": lowest, "percent_of_floor": 100 * lowest / ms,
-                    "error": error,
+                    "work": name, "implementation": implementation, "what": what, "ms": ms,
+                    "tflops": ms and flops / ms / 1e9, "gb_per_s": ms and traffic / ms / 1e6, "floor_ms": lowest,
+                    "percent_of_floor": ms and 100 * lowest / ms, "error": error,
                 }  # fmt: skip
                 rows.append(row)
                 print(format_row(row), flush=True)
@@ -231,10 +269,11 @@ def main(config: BenchmarkKernels) -> dict:
 
 
 def format_row(row: dict) -> str:
-    return (
-        f"| {row['work']} | {row['implementation']} | {row['what']} | {row['ms']:.3f} | {row['tflops']:.0f} "
-        f"| {row['gb_per_s']:.0f} | {row['floor_ms']:.2f} | {row['percent_of_floor']:.0f} | {row['error']:.1e} |"
-    )
+    formats = {
+        "work": "", "implementation": "", "what": "", "ms": ".3f", "tflops": ".0f", "gb_per_s": ".0f", "floor_ms": ".2f",
+        "percent_of_floor": ".0f", "error": ".1e",
+    }  # fmt: skip
+    return table_row(row, formats)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ bypassed, which is not done here: they stay empty.
 import dataclasses
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 from cli import run
 from flax import nnx
 from timing import (
@@ -40,6 +40,7 @@ from timing import (
     milliseconds,
     mixer_flops_per_token,
     relative_error,
+    table_row,
     title,
     write_report,
 )
@@ -80,7 +81,7 @@ class BenchmarkLayer(Timing):
 
     works: tuple[str, ...] = tuple(name for name in WORKS if name != "small")
     """Names of WORKS in this file; "small" is for a CPU."""
-    implementations: tuple[str, ...] = ("default", "chunked") + ("fla",) * bool(find_spec("torch") and find_spec("fla"))
+    implementations: tuple[str, ...] = ("default", "chunked") + ("fla",) * ("fla" in peers.installed())
     """Implementations of the ops, "default" for the one that training takes; "fla" is flash-linear-attention's layer."""
     output: str = "runs/benchmark_layer"
     """Directory of the table and the figures."""
@@ -166,36 +167,18 @@ def time_fla(config: BenchmarkLayer, work: Work) -> dict:
     import torch
     from fla.layers.mom import MomAttention
 
-    def to_torch(a):
-        return torch.tensor(np.asarray(a, np.float32)).to("cuda", torch.bfloat16)
-
     model, (params, x, dy) = work.model, inputs(work)
-    x, dy = to_torch(x).requires_grad_(), to_torch(dy)
+    x, dy = peers.to_torch(x).requires_grad_(), peers.to_torch(dy)
     theirs = MomAttention(
         hidden_size=model.hidden_size, num_heads=model.num_heads, head_dim=model.head_dim, expand_v=model.expand_v,
         num_memories=model.num_memories, topk=model.top_k, shared_mem=model.shared_memory, conv_size=model.conv_size,
     ).to("cuda", torch.bfloat16)  # fmt: skip
-    theirs.gate.weight.data = to_torch(params["router"]["router"][...].T)
-
-    def one_way():
-        with torch.no_grad():
-            theirs(x)
+    theirs.gate.weight.data = peers.to_torch(params["router"]["router"][...].T.astype(jnp.bfloat16))
 
     def both():
-        torch.autograd.grad(theirs(x)[0], [x, *theirs.parameters()], dy)
+        return torch.autograd.grad(theirs(x)[0], [x, *theirs.parameters()], dy)
 
-    def wait(_):
-        torch.cuda.synchronize()
-
-    figures = {"forward_ms": milliseconds(config, one_way, wait=wait), "ms": None, "gib": None}
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        figures["ms"] = milliseconds(config, both, wait=wait)
-        figures["gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    except RuntimeError as error:
-        print(f"fla with gradients: {error}")
-    return figures
+    return peers.time_torch(config, lambda: theirs(x), both)
 
 
 def measure(config: BenchmarkLayer, name: str, implementation: str, matmul_rate: float) -> dict:
@@ -219,7 +202,7 @@ def measure(config: BenchmarkLayer, name: str, implementation: str, matmul_rate:
 
 
 def main(config: BenchmarkLayer) -> dict:
-    figures = device_figures(config)
+    figures = device_figures(config) | {"peers": peers.versions()}
     print(title(figures))
     rows, failed = [], []
     for name in config.works:
@@ -243,11 +226,10 @@ def main(config: BenchmarkLayer) -> dict:
 
 def format_row(row: dict) -> str:
     formats = {
-        "forward_ms": ".3f", "ms": ".3f", "tflops": ".0f", "percent_of_matmul": ".0f", "gib": ".2f", "ratio": ".2f",
-        "error": ".1e",
+        "work": "", "implementation": "", "forward_ms": ".3f", "ms": ".3f", "tflops": ".0f", "percent_of_matmul": ".0f",
+        "gib": ".2f", "ratio": ".2f", "error": ".1e",
     }  # fmt: skip
-    cells = ["-" if row[key] is None else format(row[key], spec) for key, spec in formats.items()]
-    return f"| {' | '.join([row['work'], row['implementation'], *cells, ' '.join(f'{x:.2f}' for x in row['load'])])} |"
+    return f"{table_row(row, formats)} {' '.join(f'{x:.2f}' for x in row['load'])} |"
 
 
 if __name__ == "__main__":

@@ -80,6 +80,12 @@ def mixer_flops_per_token(config: ModelConfig) -> float:
     return 2 * matmuls + used * h * (6 * k * v + 4 * 64 * (k + v))
 
 
+def table_row(row: dict, formats: dict[str, str]) -> str:
+    """The values of these keys as cells, "-" for None."""
+    cells = ["-" if row[key] is None else format(row[key], spec) for key, spec in formats.items()]
+    return f"| {' | '.join(cells)} |"
+
+
 def write_report(directory: str, name: str, figures: dict, columns: tuple[str, ...], lines: list[str]) -> None:
     """The figures as ``name``.json; ``name``.md: the title over a table of these lines; ``name``.png: the times as bars."""
     output = Path(directory)
