@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import LayerState, einsum, normal_param
+from mom_jax.layers import Deferred, LayerState, Product, einsum, einsums, normal_param
 from mom_jax.sharding import constrain
 
 
@@ -70,10 +70,11 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | Deferred,
         mask: Bool[Array, "B T"] | None,
         documents: Int[Array, "B T"] | None,
         state: LayerState | None,
+        residual: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], None, AttentionState | None]:
         """See :meth:`mom_jax.memory.MixtureOfMemories.__call__`; there is no routing to return.
 
@@ -85,16 +86,16 @@ class Attention(nnx.Module):
         position = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         if state is not None:
             position = position + state.stack.count[state.layer][:, None]
-        q = einsum("btd,dhk->bthk", x, self.attention_q[...], dtype=config.dtype)
-        k = einsum("btd,dgk->btgk", x, self.attention_k[...], dtype=config.dtype)
-        v = einsum("btd,dgk->btgk", x, self.attention_v[...], dtype=config.dtype)
+        weights = {"q": self.attention_q, "k": self.attention_k, "v": self.attention_v}
+        products = {name: Product("btd,dhk->bthk", (w[...],)) for name, w in weights.items()}
+        q, k, v = einsums(x, products, dtype=config.dtype).values()
         # Only differences of positions matter, so that counting through document borders changes nothing.
         q, k = (rotate(a, position, attention.rope_theta) for a in (q, k))
 
         if state is None and mask is None and documents is None:
             window = attention.window_size
             o = self._attend(q, k, v, is_causal=True, local_window_size=None if window is None else (window - 1, 0))
-            return self._project(o), None, None
+            return self._project(o, residual), None, None
 
         documents = jnp.zeros((batch, num_tokens), jnp.int32) if documents is None else documents
         new = AttentionState(k, v, jnp.where(real, position, -1), documents, jnp.sum(real, axis=1, dtype=jnp.int32))
@@ -115,10 +116,10 @@ class Attention(nnx.Module):
         visible |= ~real[..., None]  # padded tokens attend to anything, so that no softmax is empty
         o = self._attend(q, seen.k.astype(q.dtype), seen.v.astype(q.dtype), mask=visible[:, None])
         if state is None:
-            return self._project(o), None, None
+            return self._project(o, residual), None, None
         if attention.window_size is None:
             o = jnp.where((real & (position >= state.stack.k.shape[2]))[..., None, None], jnp.nan, o)
-        return self._project(o), None, after
+        return self._project(o, residual), None, after
 
     def _attend(self, q, k, v, **how):
         # A float32 product is not float32 on a GPU or TPU unless asked for, and this function has no argument for it.
@@ -126,8 +127,9 @@ class Attention(nnx.Module):
         with exact:
             return jax.nn.dot_product_attention(q, k, v, **how)
 
-    def _project(self, o):
-        return constrain(einsum("bthk,hkd->btd", o, self.attention_o[...], dtype=self.config.dtype), "btd")
+    def _project(self, o, residual):
+        y = einsum("bthk,hkd->btd", o, self.attention_o[...], dtype=self.config.dtype, residual=residual)
+        return constrain(y, "btd")
 
 
 def _write(state: LayerState, new: AttentionState, is_ring: bool) -> AttentionState:

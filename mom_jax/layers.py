@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mom_jax.config import ModelConfig
 from mom_jax.sharding import constrain, leaf_name
-from pallas_kernels.api import stacked_matmul
+from pallas_kernels.api import rms_norm, stacked_matmul
 
 
 def normal_param(rngs: nnx.Rngs, config: ModelConfig, *shape: int) -> nnx.Param:
@@ -27,7 +27,7 @@ def ones_param(*shape: int) -> nnx.Param:
 class LayerWeight:
     """A layer's weight where it lies in the stack of its run, for the few rows of decoding: nothing is copied out of it.
 
-    Stands for the array in :func:`einsum`, :func:`einsum_float32` and :func:`einsums` only, and is no pytree.
+    Stands for the array where this module's functions and the ops of decoding take it, and is no pytree.
     """
 
     def __init__(self, stack: jax.Array, layer: jax.Array, implementation: str | None):
@@ -40,55 +40,124 @@ class LayerWeight:
     @staticmethod
     def fits(name: str, stack: jax.Array, dtype: str) -> bool:
         """Whether a parameter can be given as one to a model that computes in ``dtype``."""
-        if name == "router":
-            return stack.dtype == jnp.float32
-        return name.startswith(("w_", "shared_", "attention_")) and stack.dtype == dtype
+        if name.startswith(("w_", "shared_", "attention_")):
+            return stack.dtype == dtype
+        return name.startswith(("router", "conv_")) or name.endswith("_norm")
 
 
-def einsums(x: jax.Array, products: dict[str, tuple[str, Any]], *, dtype, out_dtype=None) -> dict[str, jax.Array]:
-    """Several products of one x by name, each an equation "...d,mde->...me" and its weight; x's last axes are contracted.
+def stack_of(weight: jax.Array | LayerWeight | None) -> jax.Array | None:
+    """The stack [L, ...] in which a weight lies, of itself alone if it is an array."""
+    return weight.stack if isinstance(weight, LayerWeight) else None if weight is None else weight[None]
 
-    Of layers' weights in place they are one pass over all of them; each weight may have one axis before the contracted.
+
+class Deferred(NamedTuple):
+    """RMSNorm(x), or silu(gate) x, left to the kernels of the products that take it; stands for the array in them."""
+
+    x: jax.Array
+    scale: LayerWeight | None = None
+    eps: float = 0.0
+    gate: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+    def value(self) -> jax.Array:
+        x = self.x if self.scale is None else rms_norm(self.x, self.scale.stack[self.scale.layer], self.eps)
+        return x if self.gate is None else jax.nn.silu(self.gate) * x
+
+
+def normalize(x: jax.Array, scale: jax.Array | LayerWeight, eps: float) -> jax.Array | Deferred:
+    """RMSNorm(x), now or later."""
+    return Deferred(x, scale, eps) if isinstance(scale, LayerWeight) else rms_norm(x, scale, eps)
+
+
+class Product(NamedTuple):
+    """One of the products of :func:`einsums`.
+
+    Attributes:
+      equation: "...d,mde->...me" or the like; the last axes of the first operand are contracted.
+      weights: one, or those of several memories, one after another along the axis before the contracted ones; one without
+        that axis is of one memory.
+      out_dtype: of the result, None: the compute type.
+    """
+
+    equation: str
+    weights: tuple[jax.Array | LayerWeight, ...]
+    out_dtype: Any = None
+
+
+def einsums(
+    x: jax.Array | Deferred, products: dict[str, Product], *, dtype, residual: jax.Array | None = None,
+    chosen: jax.Array | None = None,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """Several products of one x by name. Of weights in place they are one pass over all of them.
 
     Args:
-      out_dtype: float32, or None: the compute type ``dtype``.
+      dtype: the compute type, that of the operands; products are accumulated in float32.
+      residual: is added to the results.
+      chosen: the memories that count, [..., R]; what no x chose may come out as 0.
     """
-    if not all(isinstance(w, LayerWeight) for _, w in products.values()):
-        multiply = einsum if out_dtype is None else einsum_float32
-        return {name: multiply(equation, x, w, dtype=dtype) for name, (equation, w) in products.items()}
-    weights, shapes, first = [], [], next(iter(products.values()))[1]  # of one layer and one implementation, all of them
-    for equation, weight in products.values():
-        of_x, of_w, of_y = re.fullmatch(r"(\w+),(\w+)->(\w+)", equation).groups()
-        contracted = [letter for letter in of_x if letter not in of_y]
-        before, count = of_w.index(contracted[0]), len(contracted)
-        width, shape = math.prod(x.shape[-count:]), weight.stack.shape[1:]
-        weights.append(weight.stack.reshape(weight.stack.shape[0], math.prod(shape[:before]), width, -1))
-        shapes.append((*x.shape[:-count], *shape[:before], *shape[before + count :]))
+    weights = [w for product in products.values() for w in product.weights]
+    x = x if isinstance(x, Deferred) else Deferred(x)
+    if not all(isinstance(w, LayerWeight) for w in weights):
+        value = x.value()
+        found = {name: _product(value, product, dtype) for name, product in products.items()}
+        return found if residual is None else {name: residual + y for name, y in found.items()}
+    matrices, shapes = zip(*(_in_place(x.shape, product) for product in products.values()), strict=True)
+    width = matrices[0][0].shape[2]
+
+    def rows(a):
+        return None if a is None else a.reshape(-1, width).astype(dtype)
+
     found = stacked_matmul(
-        x.reshape(-1, weights[0].shape[2]).astype(dtype), tuple(weights), first.layer, out_dtype=out_dtype,
-        implementation=first.implementation,
+        rows(x.x), matrices, weights[0].layer, scale=stack_of(x.scale), eps=x.eps, gate=rows(x.gate),
+        residual=None if residual is None else residual.reshape(-1, residual.shape[-1]),
+        chosen=None if chosen is None else chosen.reshape(-1, chosen.shape[-1]),
+        out_dtypes=tuple(product.out_dtype or dtype for product in products.values()),
+        implementation=weights[0].implementation,
     )  # fmt: skip
     return {name: y.reshape(shape) for name, y, shape in zip(products, found, shapes, strict=True)}
 
 
-def einsum(equation: str, *operands: jax.Array | LayerWeight, dtype) -> jax.Array:
-    """Einsum with operands and result in the compute type; products are accumulated in float32."""
-    if isinstance(operands[-1], LayerWeight):
-        return einsums(operands[0], {"": (equation, operands[1])}, dtype=dtype)[""]
+def _in_place(shape: tuple[int, ...], product: Product) -> tuple[tuple[jax.Array, ...], tuple[int, ...]]:
+    """The stacks of a product as [L, M, D, N], and the shape of its result for x of this shape."""
+    of_x, of_w, of_y = re.fullmatch(r"(\w+),(\w+)->(\w+)", product.equation).groups()
+    contracted = [letter for letter in of_x if letter not in of_y]
+    before, count, stacks = of_w.index(contracted[0]), len(contracted), [w.stack for w in product.weights]
+    rest = stacks[0].shape[stacks[0].ndim - len(of_w) + before + count :]
+    width = math.prod(shape[-count:])
+    matrices = tuple(w.reshape(w.shape[0], -1, width, math.prod(rest)) for w in stacks)
+    memories = (sum(w.shape[1] for w in matrices),) * before
+    return matrices, (*shape[:-count], *memories, *rest)
+
+
+def _product(x: jax.Array, product: Product, dtype) -> jax.Array:
+    of_w = re.fullmatch(r"\w+,(\w+)->\w+", product.equation)[1]
+    weights = [w.stack[w.layer] if isinstance(w, LayerWeight) else w for w in product.weights]
+    weights = [w[None] if w.ndim < len(of_w) else w for w in weights]
+    multiply = einsum if product.out_dtype is None else einsum_float32
+    y = [multiply(product.equation, x, w, dtype=dtype) for w in weights]
+    return y[0] if len(y) == 1 else jnp.concatenate(y, axis=-1 - (len(of_w) - 2))
+
+
+def einsum(equation: str, x: jax.Array | Deferred, w: jax.Array | LayerWeight, *, dtype, residual=None) -> jax.Array:
+    """x w, plus ``residual``, with operands and result in the compute type; products are accumulated in float32."""
+    if isinstance(w, LayerWeight):
+        return einsums(x, {"": Product(equation, (w,))}, dtype=dtype, residual=residual)[""]
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-    return jnp.einsum(equation, *(x.astype(dtype) for x in operands), precision=precision)
+    y = jnp.einsum(equation, x.astype(dtype), w.astype(dtype), precision=precision)
+    return y if residual is None else residual + y
 
 
-def einsum_float32(equation: str, *operands: jax.Array | LayerWeight, dtype) -> jax.Array:
+def einsum_float32(equation: str, x: jax.Array, w: jax.Array, *, dtype) -> jax.Array:
     """Einsum with operands in the compute type and a float32 result.
 
     The algorithm is named, because the gradient's operands are float32 and would be multiplied as such.
     """
-    if isinstance(operands[-1], LayerWeight):
-        return einsums(operands[0], {"": (equation, operands[1])}, dtype=dtype, out_dtype=jnp.float32)[""]
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else lax.DotAlgorithmPreset.BF16_BF16_F32
-    operands = [x.astype(dtype) for x in operands]
-    return jnp.einsum(equation, *operands, precision=precision, preferred_element_type=jnp.float32)
+    x, w = x.astype(dtype), w.astype(dtype)
+    return jnp.einsum(equation, x, w, precision=precision, preferred_element_type=jnp.float32)
 
 
 def cast_weights(params: Any, dtype, of_embedding: bool = False) -> Any:
@@ -134,8 +203,13 @@ class SwiGLU(nnx.Module):
         self.w_up = normal_param(rngs, config, config.hidden_size, config.mlp_size)
         self.w_down = normal_param(rngs, config, config.mlp_size, config.hidden_size)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        equation = "btd,df->btf"
-        y = einsums(x, {"gate": (equation, self.w_gate[...]), "up": (equation, self.w_up[...])}, dtype=self.dtype)
-        hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], "btf")
-        return constrain(einsum("btf,fd->btd", hidden, self.w_down[...], dtype=self.dtype), "btd")
+    def __call__(
+        self, x: Float[Array, "B T D"] | Deferred, residual: Float[Array, "B T D"] | None = None
+    ) -> Float[Array, "B T D"]:
+        products = {name: Product("btd,df->btf", (w[...],)) for name, w in (("gate", self.w_gate), ("up", self.w_up))}
+        y, w_down = einsums(x, products, dtype=self.dtype), self.w_down[...]
+        if isinstance(w_down, LayerWeight):
+            hidden = Deferred(y["up"], gate=y["gate"])
+        else:
+            hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], "btf")
+        return constrain(einsum("btf,fd->btd", hidden, w_down, dtype=self.dtype, residual=residual), "btd")

@@ -9,7 +9,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import LayerState, einsum, einsums, normal_param, ones_param
+from mom_jax.layers import (
+    Deferred,
+    LayerState,
+    LayerWeight,
+    Product,
+    einsum,
+    einsums,
+    normal_param,
+    ones_param,
+    stack_of,
+)
 from mom_jax.routing import Dispatch, Router, Routing
 from mom_jax.sharding import constrain
 from mom_jax.update_rules import UPDATE_RULES
@@ -76,10 +86,11 @@ class MixtureOfMemories(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | Deferred,
         mask: Bool[Array, "B T"] | None,
         documents: Int[Array, "B T"] | None,
         state: LayerState | None,
+        residual: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing, MemoryState | None]:
         """Mixes the tokens of a piece.
 
@@ -87,6 +98,7 @@ class MixtureOfMemories(nnx.Module):
           mask: False for padded tokens, which are routed nowhere; None: all are real.
           documents: document of each token, non-decreasing along a row; None: one document.
           state: the layers' states before the piece; None: empty memories, and no state is returned.
+          residual: is added to y.
 
         Returns:
           y, the routing, and the layers' states [layers, B, ...] after the piece.
@@ -94,10 +106,10 @@ class MixtureOfMemories(nnx.Module):
         routing = self.router(x, mask)
         run = self._step_through if x.shape[1] < SEGMENT_ALIGNMENT else self._run_dispatched
         o, new_state = run(x, routing, mask, documents, state)
-        y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype)
+        y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype, residual=residual)
         return constrain(y, "btd"), routing, None if state is None else new_state
 
-    def _convolution(self, stream: str) -> tuple[jax.Array, jax.Array | None]:
+    def _convolution(self, stream: str) -> tuple[jax.Array | LayerWeight, jax.Array | LayerWeight | None]:
         bias = getattr(self, f"conv_{stream}_bias")[...] if self.config.conv_bias else None
         return getattr(self, f"conv_{stream}")[...], bias
 
@@ -141,39 +153,46 @@ class MixtureOfMemories(nnx.Module):
         return o, state
 
     def _step_through(self, x, routing, mask, documents, state):
-        batch, num_tokens = x.shape[:2]
-        memories, products = routing.memories, self.rule.projections()
-        if self.config.use_output_gate:
-            products["gate"] = "btd,dhv->bthv", self.w_g[...]
-        products = einsums(x, products, dtype=self.config.dtype)
-        streams, gate = self.rule.chosen_streams(products, memories), products.get("gate")
-        gates = self.rule.gates(x, memories)
+        config, (batch, num_tokens) = self.config, x.shape[:2]
+        memories, weights, products = routing.memories, routing.weights, self.rule.products()
+        if config.use_output_gate:
+            products["gate"] = Product("btd,dhv->bthv", (self.w_g[...],))
+        # What no token chose is not read; with one token a row that is what decoding reads in all.
+        products = einsums(x, products, dtype=config.dtype, chosen=memories)
+        streams, gates = self.rule.streams(products), self.rule.chosen_gates(products, memories)
         real = jnp.ones((batch, num_tokens), bool) if mask is None else mask
         documents = jnp.zeros((batch, num_tokens), jnp.int32) if documents is None else documents
         if state is None:
             state = LayerState(jax.tree.map(lambda s: s[None], self.init_state(batch)), jnp.int32(0))
         convolutions = {name: self._convolution(name) for name in streams}
-        taps, biases = ({name: both[part] for name, both in convolutions.items()} for part in (0, 1))
+        taps, biases = ({name: stack_of(both[part]) for name, both in convolutions.items()} for part in (0, 1))
 
         def step(states: MemoryState, token):
-            """One token of every row; arrays of ``token`` are [B, R', ...] or [B]."""
-            streams, gates, memories, weights, real, documents = token
+            """One token of every row; arrays of ``token`` are [B, R', ...], streams [B, M' or 1, ...], or [B]."""
+            streams, gates, memories, real, documents = token
             last = api.states_at(states.document, state.layer, memories)
             place = api.Place(state.layer, memories, last == documents[:, None], real)
             convolved, history = api.short_convolution_step(
                 streams, taps, biases, states.history, place, normalized=self.rule.normalized,
-                implementation=self.config.step_implementation,
+                implementation=config.step_implementation,
             )  # fmt: skip
             o, recurrent = self.rule.step(convolved, gates, states.recurrent, place)
             document = place.write(states.document, jnp.broadcast_to(documents[:, None], memories.shape))
-            o = jnp.sum(o.astype(jnp.float32) * weights[..., None, None], axis=1).astype(o.dtype)
-            return MemoryState(recurrent, history, document), jnp.where(real[:, None, None], o, 0)
+            return MemoryState(recurrent, history, document), o
 
         # Over tokens in sequence, over rows at once.
-        tokens = (streams, gates, memories, routing.weights, real, documents)
-        after, o = lax.scan(step, state.stack, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens))
+        tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (streams, gates, memories, real, documents))
+        after, o = lax.scan(step, state.stack, tokens)
         o = jnp.moveaxis(o, 0, 1)
-        return api.gated_rms_norm(o, gate, self.out_norm[...], self.config.norm_eps), after
+        if mask is not None:
+            o = jnp.where(real[..., None, None, None], o, 0)
+        gate = products.get("gate")
+        o, weights, gate = (None if a is None else a.reshape(-1, *a.shape[2:]) for a in (o, weights, gate))
+        o = api.combine_step(
+            o, weights, gate, stack_of(self.out_norm[...]), state.layer, eps=config.norm_eps,
+            implementation=config.step_implementation,
+        )  # fmt: skip
+        return o.reshape(batch, num_tokens, *o.shape[1:]), after
 
 
 def _enter(state: MemoryState, segments, run_ids) -> tuple[MemoryState, jax.Array]:

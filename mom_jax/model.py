@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mom_jax.attention import Attention, AttentionState
 from mom_jax.config import ModelConfig, require
-from mom_jax.layers import LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, ones_param
+from mom_jax.layers import LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, normalize, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
 from mom_jax.sharding import constrain, leaf_name
@@ -78,9 +78,8 @@ class Block(nnx.Module):
 
     def __call__(self, x, mask, documents, state):
         eps = self.config.norm_eps
-        mixed, routing, state = self.mixer(rms_norm(x, self.mixer_norm[...], eps), mask, documents, state)
-        x = x + mixed
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], eps)), routing, state
+        x, routing, state = self.mixer(normalize(x, self.mixer_norm[...], eps), mask, documents, state, residual=x)
+        return self.mlp(normalize(x, self.mlp_norm[...], eps), residual=x), routing, state
 
 
 def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: int) -> nnx.Module:
@@ -186,33 +185,33 @@ class MoMLanguageModel(nnx.Module):
         """The layers of one run, one after another. The state travels in the carry and is updated in place."""
         graph, params = nnx.split(run)
         count = jax.tree.leaves(params)[0].shape[0]
-        xs, of_layer = (params, jnp.arange(count)), lambda params, _: params
-        if state is not None and x.shape[1] < SEGMENT_ALIGNMENT:
-            # Decoding: what a scan hands to its body is a copy, which for the weights would be all of its time.
-            xs, of_layer = (None, jnp.arange(count)), lambda _, index: self._weights_in_place(params, index)
+        # Decoding: what a scan hands to its body is a copy, which for the weights would be all of its time.
+        is_in_place = state is not None and x.shape[1] < SEGMENT_ALIGNMENT
 
-        def layer(carry, xs):
-            x, states = carry
-            own = None if states is None else LayerState(states, xs[1])
-            x, routing, states = nnx.merge(graph, of_layer(*xs))(x, mask, documents, own)
+        def layer(carry, of_layer):
+            x, states, index = carry
+            own = None if states is None else LayerState(states, index)
+            of_layer = self._weights_in_place(params, index) if is_in_place else of_layer
+            x, routing, states = nnx.merge(graph, of_layer)(x, mask, documents, own)
             statistics = None
             if routing is not None:
                 statistics = RouterStatistics(routing.logits, routing.load, routing.importance, routing.z_loss)
-            return (x, states), statistics
+            return (x, states, index + 1), statistics
 
         unroll = self.config.unroll
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT[self.config.remat], prevent_cse=unroll)
-        (x, state), statistics = lax.scan(layer, (x, state), xs, unroll=unroll)
+        carry, xs = (x, state, jnp.int32(0)), None if is_in_place else params
+        (x, state, _), statistics = lax.scan(layer, carry, xs, length=count, unroll=unroll)
         return x, statistics, state
 
     def _weights_in_place(self, params, index):
-        """The parameters of a layer of a run; those that are multiplied by as :class:`LayerWeight`."""
+        """The parameters of a layer of a run; those that its ops take out of their stacks as :class:`LayerWeight`."""
 
         def pick(path, stack):
             name = leaf_name(path[:-1])  # the last entry is "value"
-            is_multiplied = LayerWeight.fits(name, stack, self.config.dtype)
-            return LayerWeight(stack, index, self.config.step_implementation) if is_multiplied else stack[index]
+            is_in_place = LayerWeight.fits(name, stack, self.config.dtype)
+            return LayerWeight(stack, index, self.config.step_implementation) if is_in_place else stack[index]
 
         return jax.tree_util.tree_map_with_path(pick, params)
 

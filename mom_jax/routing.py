@@ -9,13 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import einsum, normal_param
+from mom_jax.layers import Deferred, einsum, normal_param, stack_of
 from mom_jax.sharding import constrain
-from pallas_kernels.api import SEGMENT_ALIGNMENT, Segments, gather_sum
+from pallas_kernels.api import SEGMENT_ALIGNMENT, Segments, gather_sum, route, router_step
 
 
 class RouterBias(nnx.Variable):
@@ -54,28 +53,27 @@ class Router(nnx.Module):
         if config.router_bias_rate > 0:
             self.router_bias = RouterBias(jnp.zeros(config.num_memories, jnp.float32))
 
-    def __call__(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None) -> Routing:
-        config = self.config
-        logits = einsum("btd,dm->btm", x, self.router[...], dtype="float32")
-        logits = constrain(logits, "bt.")
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        biased = probabilities + self.router_bias[...] if config.router_bias_rate > 0 else probabilities
-        _, memories = lax.top_k(lax.stop_gradient(biased), config.top_k)
-        is_chosen = memories[..., None] == jnp.arange(config.num_memories)  # [B, T, R, M]
-        # A masked sum instead of a gather: its gradient is no scatter.
-        # A softmax over the chosen logits is the renormalised choice of p, without dividing by a sum that may underflow.
-        weights = jax.nn.softmax(jnp.sum(jnp.where(is_chosen, logits[:, :, None], 0), axis=-1), axis=-1)
+    def __call__(self, x: Float[Array, "B T D"] | Deferred, mask: Bool[Array, "B T"] | None) -> Routing:
+        config, router = self.config, self.router[...]
+        bias = self.router_bias[...] if config.router_bias_rate > 0 else None
+        if isinstance(x, Deferred):
+            rows = x.x.reshape(-1, x.shape[-1])
+            found = router_step(
+                rows, stack_of(x.scale), stack_of(router), stack_of(bias), router.layer, eps=x.eps, top_k=config.top_k,
+                has_shared=config.shared_memory, implementation=router.implementation,
+            )  # fmt: skip
+            memories, weights, logits = (a.reshape(*x.shape[:2], -1) for a in found)
+            probabilities = jax.nn.softmax(logits, axis=-1)
+        else:
+            logits = constrain(einsum("btd,dm->btm", x, router, dtype="float32"), "bt.")
+            memories, weights, probabilities = route(logits, bias, config.top_k, config.shared_memory)
 
+        is_chosen = memories[..., : config.top_k, None] == jnp.arange(config.num_memories)  # [B, T, R, M]
         real = jnp.ones(x.shape[:2], jnp.float32) if mask is None else mask.astype(jnp.float32)
         count = jnp.maximum(jnp.sum(real), 1)
         load = jnp.sum(jnp.where(is_chosen, real[..., None, None], 0), axis=(0, 1, 2)) / count
         importance = jnp.sum(probabilities * real[..., None], axis=(0, 1)) / count
         z_loss = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * real) / count
-
-        memories = memories.astype(jnp.int32)
-        if config.shared_memory:
-            memories = jnp.pad(memories, [(0, 0), (0, 0), (0, 1)], constant_values=config.num_memories)
-            weights = jnp.pad(weights, [(0, 0), (0, 0), (0, 1)], constant_values=1.0)
         return Routing(memories, weights, logits, load, importance, z_loss)
 
 

@@ -24,7 +24,13 @@ from pallas_kernels.cross_entropy import linear_cross_entropy  # noqa: F401
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
 from pallas_kernels.segments import Segments, states_or_zeros, where_real
-from pallas_kernels.step import gated_delta_rule_step, short_convolution_step, stacked_matmul  # noqa: F401
+from pallas_kernels.step import (  # noqa: F401
+    combine_step,
+    gated_delta_rule_step,
+    router_step,
+    short_convolution_step,
+    stacked_matmul,
+)
 
 CHUNK = 64  # divides SEGMENT_ALIGNMENT, so that a chunk lies in one segment
 BLOCK = 16  # side of the blocks in which a per-key decay is applied pairwise and an inverse is built by masks

@@ -49,9 +49,9 @@ def gated_delta_rule_step(
 
 
 def short_convolution_step(
-    streams: dict[str, Float[Array, "B R H _"]],
-    weights: dict[str, Float[Array, "W H _"]],
-    biases: dict[str, Float[Array, "H _"] | None],
+    streams: dict[str, Float[Array, "B _ H _"]],
+    weights: dict[str, Float[Array, "L W H _"]],
+    biases: dict[str, Float[Array, "L H _"] | None],
     histories: dict[str, Float[Array, "L B S W-1 H _"]],
     place: Place,
     *,
@@ -62,6 +62,8 @@ def short_convolution_step(
     """One token a row of :func:`short_convolution`, of several streams, into R of the row's states.
 
     Args:
+      streams: what the token gives to each of the row's states [B, S, ...], or alike to all [B, 1, ...].
+      weights, biases: of all layers; those of ``place.layer`` are used.
       histories: pools of the W-1 inputs before, which a compiled loop updates in place.
       normalized: names of the streams whose heads are divided by their l2 norm.
 
@@ -70,14 +72,17 @@ def short_convolution_step(
     """
     op = "short_convolution_step"
     for name, x in streams.items():
-        _check_place(op, place, x.shape[:2])
-        taps, rest = weights[name].shape[0], x.shape[2:]
-        check(op, weights[name].shape[1:] == rest, f"the shape of weights of {name}", weights[name].shape, f"[W, *{rest}]")
         pool = histories[name].shape
+        _check_place(op, place, (x.shape[0], place.index.shape[1]))
+        check(op, x.shape[1] in (1, pool[2]), f"the shape of streams of {name}", x.shape, f"[B, S = {pool[2]} or 1, H, C]")
+        taps, rest = weights[name].shape[1], x.shape[2:]
+        fits = weights[name].shape == (pool[0], taps, *rest)
+        check(op, fits, f"the shape of weights of {name}", weights[name].shape, f"[L, W, *{rest}]")
         expected = (pool[0], x.shape[0], pool[2], taps - 1, *rest)
         check(op, pool == expected, f"the shape of histories of {name}", pool, f"it must be {expected}")
-        is_fit = biases[name] is None or biases[name].shape == rest
-        check(op, is_fit, f"the shape of biases of {name}", None if is_fit else biases[name].shape, f"it must be {rest}")
+        bias = biases[name]
+        if bias is not None:
+            check(op, bias.shape == (pool[0], *rest), f"the shape of biases of {name}", bias.shape, f"[L, *{rest}]")
     arrays = {"streams": streams, "weights": weights, "normalized": normalized}
     run = choose(op, implementation, arrays, interpret)
     return run(streams, weights, biases, histories, place, normalized=normalized)
@@ -85,25 +90,82 @@ def short_convolution_step(
 
 def stacked_matmul(
     x: Float[Array, "R D"],
-    weights: tuple[Float[Array, "L _ D _"], ...],
+    weights: tuple[tuple[Float[Array, "L _ D _"], ...], ...],
     layer: Int[Array, ""],
     *,
-    out_dtype=None,
+    scale: Float[Array, "L D"] | None = None,
+    eps: float = 0.0,
+    gate: Float[Array, "R D"] | None = None,
+    residual: Float[Array, "R _"] | None = None,
+    chosen: Int[Array, "R _"] | None = None,
+    out_dtypes: tuple | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "R _ _"], ...]:
-    """y_m = x w[layer, m] for a few rows x, such as those of a step of decoding, whatever the size of the stacks w.
+    """Products of a few rows x, such as those of a step of decoding, with matrices w where they lie in their stacks::
+
+        y_m = silu(gate) rms_norm(x, scale[layer], eps) w[layer, m] + residual
 
     Args:
-      weights: [L, M, D, N] each, of x's dtype; products are accumulated in float32.
-      out_dtype: of the results; None: x's.
+      weights: groups of stacks [L, M, D, N] of x's dtype; a group is one stack whose matrices follow one another in order.
+      scale, gate, residual: None: no norm, no gate, nothing is added.
+      chosen: matrices that the rows want of the groups of more than one; what no row wants may come out as 0.
+      out_dtypes: of each group's result; None: x's. Products are accumulated in float32.
 
     Returns:
-      y [R, M, N] for each.
+      y [R, M, N] for each group, M that of all its stacks.
     """
     op = "stacked_matmul"
-    for w in weights:
+    for w in (w for stacks in weights for w in stacks):
         check(op, w.ndim == 4 and x.shape[1:] == w.shape[2:3], "the shape of w", w.shape, f"[L, M, D = {x.shape[1]}, N]")
         check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
+        if residual is not None:
+            expected = (x.shape[0], w.shape[3])
+            check(op, residual.shape == expected, "the shape of residual", residual.shape, f"it must be {expected}")
+    if gate is not None:
+        check(op, gate.shape == x.shape, "the shape of gate", gate.shape, f"that of x, {x.shape}")
     run = choose(op, implementation, {"x": x, "weights": weights}, interpret)
-    return run(x, weights, layer, out_dtype=out_dtype or x.dtype)
+    out_dtypes = (x.dtype,) * len(weights) if out_dtypes is None else out_dtypes
+    options = {"scale": scale, "eps": eps, "gate": gate, "residual": residual, "chosen": chosen, "out_dtypes": out_dtypes}
+    return run(x, weights, layer, **options)
+
+
+def router_step(
+    x: Float[Array, "R D"],
+    scale: Float[Array, "L D"],
+    weight: Float[Array, "L D M"],
+    bias: Float[Array, "L M"] | None,
+    layer: Int[Array, ""],
+    *,
+    eps: float,
+    top_k: int,
+    has_shared: bool,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Int[Array, "R _"], Float[Array, "R _"], Float[Array, "R M"]]:
+    """:func:`route` of a few rows: logits = rms_norm(x, scale[layer], eps) weight[layer], in float32.
+
+    Returns:
+      The memories and their weights [R, top_k + has_shared], and the logits.
+    """
+    op = "router_step"
+    check(op, weight.shape[1] == x.shape[1], "the shape of weight", weight.shape, f"[L, D = {x.shape[1]}, M]")
+    check(op, 0 < top_k <= weight.shape[2], "top_k", top_k, f"from 1 to M = {weight.shape[2]}")
+    run = choose(op, implementation, {"x": x}, interpret)
+    return run(x, scale, weight, bias, layer, eps=eps, top_k=top_k, has_shared=has_shared)
+
+
+def combine_step(
+    o: Float[Array, "B R H V"],
+    weights: Float[Array, "B R"],
+    gate: Float[Array, "B H V"] | None,
+    scale: Float[Array, "L V"],
+    layer: Int[Array, ""],
+    *,
+    eps: float,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B H V"]:
+    """rms_norm(sum over r of weights_r o_r, scale[layer], eps) * silu(gate), of o's dtype; ``gate`` None: no gate."""
+    run = choose("combine_step", implementation, {"o": o}, interpret)
+    return run(o, weights, gate, scale, layer, eps=eps)

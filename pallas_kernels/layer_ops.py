@@ -122,6 +122,29 @@ def gated_rms_norm(
     return o if gate is None else o * jax.nn.silu(gate)
 
 
+def route(
+    logits: Float[Array, "*B M"], bias: Float[Array, "M"] | None, top_k: int, has_shared: bool
+) -> tuple[Int[Array, "*B R"], Float[Array, "*B R"], Float[Array, "*B M"]]:
+    """The memories of a token, their weights, and p = softmax(logits), in float32.
+
+    The ``top_k`` with the largest p + ``bias``, of equal ones the first; weights are p renormalised over them. With
+    ``has_shared`` memory M comes last, with weight 1.
+    """
+    num_memories = logits.shape[-1]
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    _, memories = lax.top_k(lax.stop_gradient(probabilities if bias is None else probabilities + bias), top_k)
+    is_chosen = memories[..., None] == jnp.arange(num_memories)  # [..., R, M]
+    # A masked sum instead of a gather: its gradient is no scatter.
+    # A softmax over the chosen logits is the renormalised choice of p, without dividing by a sum that may underflow.
+    weights = jax.nn.softmax(jnp.sum(jnp.where(is_chosen, logits[..., None, :], 0), axis=-1), axis=-1)
+    memories = memories.astype(jnp.int32)
+    if has_shared:
+        last = [(0, 0)] * (logits.ndim - 1) + [(0, 1)]
+        memories = jnp.pad(memories, last, constant_values=num_memories)
+        weights = jnp.pad(weights, last, constant_values=1.0)
+    return memories, weights, probabilities
+
+
 def combine_gated_rms_norm(o, weights, gate, scale, eps, *, slot_of, token_of, choice_of):
     """See :func:`pallas_kernels.api.combine_gated_rms_norm`."""
     batch = weights.shape[0]

@@ -14,7 +14,14 @@ from pallas_kernels.cross_entropy import linear_cross_entropy  # noqa: F401
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
 from pallas_kernels.segments import Segments, states_or_zeros, where_real
-from pallas_kernels.step import delta_step, gated_delta_rule_step, short_convolution_step, stacked_matmul  # noqa: F401
+from pallas_kernels.step import (  # noqa: F401
+    combine_step,
+    delta_step,
+    gated_delta_rule_step,
+    router_step,
+    short_convolution_step,
+    stacked_matmul,
+)
 
 State = Any  # a rule's own pytree; for the rules here one array [..., H, K, V]
 

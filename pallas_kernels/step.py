@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.layer_ops import l2_norm
+from pallas_kernels.layer_ops import gated_rms_norm, l2_norm, rms_norm, route
 
 
 def delta_step(
@@ -108,19 +108,46 @@ def short_convolution_step(streams, weights, biases, histories, place: Place, *,
     """See :func:`pallas_kernels.api.short_convolution_step`."""
     outputs, after = {}, {}
     for name, x in streams.items():
-        history = place.read(histories[name])
-        window = jnp.concatenate([history, x[:, :, None].astype(history.dtype)], axis=2)
-        y = jnp.sum(window.astype(jnp.float32) * weights[name], axis=2)
-        y = jax.nn.silu(y if biases[name] is None else y + biases[name]).astype(x.dtype)
+        at = place.index if x.shape[1] > 1 else jnp.zeros_like(place.index)
+        x = jnp.take_along_axis(x, at[..., None, None], axis=1)
+        window = jnp.concatenate([place.read(histories[name]), x[:, :, None].astype(histories[name].dtype)], axis=2)
+        y = jnp.sum(window.astype(jnp.float32) * weights[name][place.layer], axis=2)
+        y = jax.nn.silu(y if biases[name] is None else y + biases[name][place.layer]).astype(x.dtype)
         outputs[name] = l2_norm(y) if name in normalized else y
         after[name] = place.write(histories[name], window[:, :, 1:])
     return outputs, after
 
 
-def stacked_matmul(x, weights, layer, *, out_dtype):
+def before_product(x, layer, scale, eps, gate):
+    """silu(gate) rms_norm(x, scale[layer], eps), each if given."""
+    x = x if scale is None else rms_norm(x, scale[layer], eps)
+    return x if gate is None else jax.nn.silu(gate) * x
+
+
+def stacked_matmul(x, weights, layer, *, scale, eps, gate, residual, chosen, out_dtypes):
     """See :func:`pallas_kernels.api.stacked_matmul`."""
+    x = before_product(x, layer, scale, eps, gate)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.DotAlgorithmPreset.BF16_BF16_F32
-    products = (
-        jnp.einsum("rd,mdn->rmn", x, w[layer], precision=precision, preferred_element_type=jnp.float32) for w in weights
-    )
-    return tuple(y.astype(out_dtype) for y in products)
+
+    def product(stacks, dtype):
+        parts = (
+            jnp.einsum("rd,mdn->rmn", x, w[layer], precision=precision, preferred_element_type=jnp.float32) for w in stacks
+        )
+        y = jnp.concatenate(list(parts), axis=1)
+        return (y if residual is None else y + residual[:, None]).astype(dtype)
+
+    return tuple(product(stacks, dtype) for stacks, dtype in zip(weights, out_dtypes, strict=True))
+
+
+def router_step(x, scale, weight, bias, layer, *, eps, top_k, has_shared):
+    """See :func:`pallas_kernels.api.router_step`."""
+    x = rms_norm(x, scale[layer], eps).astype(jnp.float32)
+    logits = jnp.einsum("rd,dm->rm", x, weight[layer], precision=lax.Precision.HIGHEST)
+    memories, weights, _ = route(logits, None if bias is None else bias[layer], top_k, has_shared)
+    return memories, weights, logits
+
+
+def combine_step(o, weights, gate, scale, layer, *, eps):
+    """See :func:`pallas_kernels.api.combine_step`."""
+    o = jnp.sum(o.astype(jnp.float32) * weights[..., None, None], axis=1).astype(o.dtype)
+    return gated_rms_norm(o, gate, scale[layer], eps)

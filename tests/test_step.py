@@ -35,6 +35,12 @@ def draw(rng, *shape, dtype="float32"):
     return jnp.asarray(rng.normal(size=shape), dtype)
 
 
+def of_states(chosen):
+    """[B, R, ...] in the places [B, S, ...] of PLACE's states, the others filled with NaN: nothing may look at them."""
+    rows = jnp.arange(BATCH)[:, None]
+    return jnp.full((BATCH, STATES, *chosen.shape[2:]), jnp.nan, chosen.dtype).at[rows, PLACE.index].set(chosen)
+
+
 def recurrence_inputs(rng, width, dtype):
     q, k, v = (draw(rng, BATCH, 3, HEADS, size, dtype=dtype) for size in (KEY, KEY, width))
     log_decay, beta = -jnp.exp(draw(rng, BATCH, 3, HEADS)), jax.nn.sigmoid(draw(rng, BATCH, 3, HEADS))
@@ -71,15 +77,21 @@ def test_convolution_steps_are_the_convolution(rng, implementation, with_bias):
     biases = {name: draw(rng, HEADS, width) if with_bias else None for name, width in widths.items()}
     before = {name: draw(rng, LAYERS, BATCH, STATES, TAPS - 1, HEADS, width) for name, width in widths.items()}
     x = {name: draw(rng, BATCH, 3, 10, HEADS, width) for name, width in widths.items()}
+    x["v"] = x["v"][:, :1]  # alike for all states
     step = jax.jit(partial(api.short_convolution_step, normalized=("k",), **IMPLEMENTATIONS[implementation]))
+    of_layers = {name: jnp.stack([jnp.full_like(w, jnp.nan), w]) for name, w in weights.items()}
+    biases_of_layers = {name: None if b is None else jnp.stack([jnp.full_like(b, jnp.nan), b]) for name, b in biases.items()}
     histories, outputs = before, []
     for n in range(10):
         place = PLACE._replace(continues=jnp.full((BATCH, 3), n > 0))
-        y, histories = step({name: s[:, :, n] for name, s in x.items()}, weights, biases, histories, place)
+        streams = {name: s[:, :, n] for name, s in x.items()}
+        streams["k"] = of_states(streams["k"])
+        y, histories = step(streams, of_layers, biases_of_layers, histories, place)
         outputs.append(y)
     segments = Segments.from_lengths(jnp.full((BATCH * 3, 1), 10, jnp.int32))
     for name, width in widths.items():
-        rows = jnp.zeros((BATCH * 3, 64, HEADS, width)).at[:, :10].set(x[name].reshape(-1, 10, HEADS, width))
+        tokens = jnp.broadcast_to(x[name], (BATCH, 3, 10, HEADS, width))
+        rows = jnp.zeros((BATCH * 3, 64, HEADS, width)).at[:, :10].set(tokens.reshape(-1, 10, HEADS, width))
         expected = api.short_convolution(
             rows, weights[name], biases[name], segments, normalize=name == "k", implementation="reference"
         )  # fmt: skip
@@ -87,7 +99,7 @@ def test_convolution_steps_are_the_convolution(rng, implementation, with_bias):
         found = jnp.stack([y[name] for y in outputs], axis=2)
         for row in (0, 2):
             assert_close(found[row], expected[row], LIMITS["float32"])
-            last = x[name][row, :, -3:]
+            last = tokens[row, :, -3:]
             np.testing.assert_array_equal(histories[name][1, row, PLACE.index[row]], last)
         untouched = ~TOUCHED
         np.testing.assert_array_equal(np.asarray(histories[name])[untouched], np.asarray(before[name])[untouched])
@@ -96,11 +108,11 @@ def test_convolution_steps_are_the_convolution(rng, implementation, with_bias):
 @pytest.mark.parametrize("implementation", ["interpreted", pytest.param("triton", marks=pytest.mark.gpu)])
 def test_gradients_of_kernels_are_those_of_plain_jax(rng, implementation):
     inputs = recurrence_inputs(rng, 32, "float32")
-    weight, history = draw(rng, TAPS, HEADS, KEY), draw(rng, LAYERS, BATCH, STATES, TAPS - 1, HEADS, KEY)
+    weight, history = draw(rng, LAYERS, TAPS, HEADS, KEY), draw(rng, LAYERS, BATCH, STATES, TAPS - 1, HEADS, KEY)
 
     def run(options):
         def f(q, *rest):
-            streams, pools = {"q": q}, {"q": history}
+            streams, pools = {"q": of_states(q)}, {"q": history}
             y, after = api.short_convolution_step(streams, {"q": weight}, {"q": None}, pools, PLACE, **options)
             return api.gated_delta_rule_step(y["q"], *rest, PLACE, **options), after
 
@@ -122,9 +134,10 @@ def test_what_does_not_fit_is_refused_by_name(rng, unchecked_shapes):
         api.gated_delta_rule_step(inputs[0][..., :12], inputs[1][..., :12], *inputs[2:], states, PLACE)
     with pytest.raises(ValueError, match="short_convolution_step: the shape of histories of q"):
         pools = {"q": jnp.zeros((LAYERS, BATCH, STATES, 2, HEADS, KEY))}
-        api.short_convolution_step({"q": inputs[0]}, {"q": draw(rng, TAPS, HEADS, KEY)}, {"q": None}, pools, PLACE)
+        streams, weights = {"q": of_states(inputs[0])}, {"q": draw(rng, LAYERS, TAPS, HEADS, KEY)}
+        api.short_convolution_step(streams, weights, {"q": None}, pools, PLACE)
     with pytest.raises(NotImplementedError, match="W is 1"):
-        streams, weights = {"q": inputs[0]}, {"q": draw(rng, 1, HEADS, KEY)}
+        weights = {"q": draw(rng, LAYERS, 1, HEADS, KEY)}
         empty = {"q": jnp.zeros((LAYERS, BATCH, STATES, 0, HEADS, KEY))}
         api.short_convolution_step(streams, weights, {"q": None}, empty, PLACE, **IMPLEMENTATIONS["interpreted"])
 
@@ -133,23 +146,81 @@ def test_what_does_not_fit_is_refused_by_name(rng, unchecked_shapes):
 @pytest.mark.parametrize("rows, depth, widths", [(1, 96, (48, 64)), (3, 96, (48, 16)), (40, 256, (64,)), (3, 32, (4, 16))])
 @pytest.mark.parametrize("implementation", PARAMS)
 def test_stacked_matmul(rng, implementation, rows, depth, widths, dtype):
-    """Several stacks of different numbers of matrices in one call; the gradient reaches one layer only."""
+    """Several groups of stacks of different numbers of matrices in one call; the gradient reaches one layer only."""
     x = draw(rng, rows, depth, dtype=dtype)
-    weights = tuple(draw(rng, 3, 2 + i, depth, width, dtype=dtype) for i, width in enumerate(widths))
-    options = {"out_dtype": jnp.float32, **IMPLEMENTATIONS[implementation]}
+    weights = tuple(
+        tuple(draw(rng, 3, count, depth, width, dtype=dtype) for count in (1 + i, 2)) for i, width in enumerate(widths)
+    )
+    options = {"out_dtypes": (jnp.float32,) * len(widths), **IMPLEMENTATIONS[implementation]}
     ys, pull = jax.vjp(lambda x, weights: api.stacked_matmul(x, weights, jnp.int32(1), **options), x, weights)
-    x64, w64 = np.asarray(x, np.float64), [np.asarray(w, np.float64) for w in weights]
+    x64 = np.asarray(x, np.float64)
+    w64 = [np.concatenate([np.asarray(w, np.float64)[1] for w in stacks]) for stacks in weights]
     assert all(y.dtype == jnp.float32 for y in ys)
-    assert_close(ys, tuple(np.einsum("rd,mdn->rmn", x64, w[1]) for w in w64), LIMITS[dtype])
+    assert_close(ys, tuple(np.einsum("rd,mdn->rmn", x64, w) for w in w64), LIMITS[dtype])
     dx, dws = pull(jax.tree.map(jnp.ones_like, ys))
-    expected = sum(np.einsum("rmn,mdn->rd", np.ones(y.shape), w[1]) for y, w in zip(ys, w64, strict=True))
+    expected = sum(np.einsum("rmn,mdn->rd", np.ones(y.shape), w) for y, w in zip(ys, w64, strict=True))
     assert_close(dx, expected, LIMITS[dtype])
-    assert all(not np.asarray(dw)[[0, 2]].any() and np.asarray(dw)[1].any() for dw in dws)
+    assert all(not np.asarray(dw)[[0, 2]].any() and np.asarray(dw)[1].any() for dw in jax.tree.leaves(dws))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("implementation", PARAMS)
+def test_what_stands_around_a_product(rng, implementation, rows, dtype):
+    """The norm and the gate before it, the residual after it; matrices that no row wants are not needed."""
+    x, gate, scale = draw(rng, rows, 48, dtype=dtype), draw(rng, rows, 48, dtype=dtype), draw(rng, 2, 48)
+    weights, residual = draw(rng, 2, 4, 48, 16, dtype=dtype), draw(rng, rows, 16, dtype=dtype)
+    x64, gate64, w64, residual64 = (np.asarray(a, np.float64) for a in (x, gate, weights, residual))
+    normed = x64 / np.sqrt(np.mean(x64**2, axis=1, keepdims=True) + 1e-5) * np.asarray(scale, np.float64)[1]
+    gated = gate64 / (1 + np.exp(-gate64))
+
+    def run(**options):
+        call = partial(api.stacked_matmul, out_dtypes=(jnp.float32,), **options, **IMPLEMENTATIONS[implementation])
+        return np.asarray(call(x, ((weights[:, :1], weights[:, 1:]),), jnp.int32(1))[0])
+
+    assert_close(run(scale=scale, eps=1e-5), np.einsum("rd,mdn->rmn", normed, w64[1]), LIMITS[dtype])
+    expected = np.einsum("rd,mdn->rmn", gated * x64, w64[1])
+    assert_close(run(gate=gate), expected, LIMITS[dtype])
+    assert_close(run(gate=gate, residual=residual), expected + residual64[:, None], LIMITS[dtype])
+    wanted = jnp.tile(jnp.array([[3, 1]], jnp.int32), (rows, 1)).at[0, 1].set(0 if rows > 1 else 1)
+    places = sorted(set(np.asarray(wanted).flat))
+    assert_close(run(gate=gate, chosen=wanted)[:, places], expected[:, places], LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "memories, top_k, has_shared, with_bias", [(4, 2, True, False), (5, 3, False, True), (1, 1, False, False)]
+)
+@pytest.mark.parametrize("implementation", ["interpreted", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_router_step(rng, implementation, memories, top_k, has_shared, with_bias, dtype):
+    """As plain JAX, equal logits (two alike columns, a row of zeros) included, of which the first are chosen."""
+    x, scale, weight = draw(rng, 7, 80, dtype=dtype).at[3].set(0), draw(rng, 2, 80), draw(rng, 2, 80, memories)
+    weight = weight.at[:, :, memories // 2].set(weight[:, :, 0])
+    bias = draw(rng, 2, memories) if with_bias else None
+    settings = {"eps": 1e-5, "top_k": top_k, "has_shared": has_shared}
+    found, expected = (
+        api.router_step(x, scale, weight, bias, jnp.int32(1), **settings, **IMPLEMENTATIONS[name])
+        for name in (implementation, "plain")
+    )
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert_close(found[1:], expected[1:], LIMITS["float32"])
+    np.testing.assert_array_equal(found[0][3, :top_k], np.argsort(-bias[1])[:top_k] if with_bias else np.arange(top_k))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("with_gate", [False, True])
+@pytest.mark.parametrize("implementation", ["interpreted", pytest.param("triton", marks=pytest.mark.gpu)])
+def test_combine_step(rng, implementation, with_gate, dtype):
+    o, gate = draw(rng, 4, 3, 2, 48, dtype=dtype), draw(rng, 4, 2, 48, dtype=dtype) if with_gate else None
+    arguments = o, jax.nn.softmax(draw(rng, 4, 3)), gate, draw(rng, 2, 48), jnp.int32(1)
+    found, expected = (api.combine_step(*arguments, eps=1e-5, **IMPLEMENTATIONS[name]) for name in (implementation, "plain"))
+    assert found.dtype == dtype
+    assert_close(found, expected, LIMITS[dtype])
 
 
 def test_many_rows_are_left_to_xla(rng):
-    ragged = (draw(rng, 1, 1, 16, 90),)
+    ragged = ((draw(rng, 1, 1, 16, 90),),)
     with pytest.raises(NotImplementedError, match="N is 90"):
         api.stacked_matmul(draw(rng, 2, 16), ragged, jnp.int32(0), **IMPLEMENTATIONS["interpreted"])
     with pytest.raises(NotImplementedError, match="65 rows"):
-        api.stacked_matmul(draw(rng, 65, 16), (draw(rng, 1, 1, 16, 16),), jnp.int32(0), **IMPLEMENTATIONS["interpreted"])
+        api.stacked_matmul(draw(rng, 65, 16), ((draw(rng, 1, 1, 16, 16),),), jnp.int32(0), **IMPLEMENTATIONS["interpreted"])

@@ -192,13 +192,13 @@ def decode_step(rows, kind="mom", **overrides):
     return step, (params, variables, jax.ShapeDtypeStruct((rows, 1), "int32"), state)
 
 
-@pytest.mark.parametrize(("kind", "mom_layers", "products"), [("mom", 1, 6), ("single_kv", 1, 6), ("hybrid", 2, 6 + 6 + 6)])
+@pytest.mark.parametrize(("kind", "mom_layers", "products"), [("mom", 1, 4), ("single_kv", 1, 4), ("hybrid", 2, 4 + 4 + 4)])
 def test_decoding_uses_the_kernels(kind, mom_layers, products):
-    """Products of a MoM layer: router, gates, projections, output, MLP in and out; of attention q, k, v, o and the MLP."""
+    """Products of a layer, whatever its kind: what its mixer is made of, its output, the MLP in and out."""
     step, arguments = decode_step(3, kind)
     found = kernels(lower(step, *arguments))
-    of_memories = {"recurrence_step": mom_layers, "short_convolution_step": mom_layers}
-    assert found == of_memories | {"stacked_matmul": products}
+    of_memories = ("recurrence_step", "short_convolution_step", "router_step", "combine_step")
+    assert found == dict.fromkeys(of_memories, mom_layers) | {"stacked_matmul": products}
 
 
 @needs_plugin

@@ -1,7 +1,6 @@
 """Gated DeltaNet (arXiv 2412.06464), the update rule of the official MoM layer."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig
-from mom_jax.layers import einsum, einsum_float32, einsums, normal_param
+from mom_jax.layers import Product, einsum, einsum_float32, normal_param
 from mom_jax.routing import Dispatch
 from pallas_kernels import api
-from pallas_kernels.api import SEGMENT_ALIGNMENT, Place, Segments
+from pallas_kernels.api import Place, Segments
 
 Streams = dict[str, jax.Array]
 
@@ -59,39 +58,25 @@ class GatedDelta(nnx.Module):
             stack.append(getattr(self, f"shared_{name}")[...][None])
         return jnp.concatenate(stack)
 
-    def _side_by_side(self, *names: str) -> dict[str, tuple[str, Any]]:
-        """Products with the weights of every memory, for short inputs.
+    def _of_all(self, name: str, out_dtype=None) -> Product:
+        """The product with the weights of every memory, the shared one last, for short inputs.
 
         Not with one stack of them all, which would be a copy of them for every token.
         """
-        products = {}
-        for name in names:
-            axes = "hk" if name in "kv" else "h"
-            if not self.config.single_kv_proj:
-                products[f"w_{name}"] = f"btd,md{axes}->btm{axes}", getattr(self, f"w_{name}")[...]
-            if self.config.shared_memory or self.config.single_kv_proj:
-                products[f"shared_{name}"] = f"btd,d{axes}->bt{axes}", getattr(self, f"shared_{name}")[...]
-        return products
+        axes = "hk" if name in "kv" else "h"
+        weights = () if self.config.single_kv_proj else (getattr(self, f"w_{name}")[...],)
+        if self.config.shared_memory or self.config.single_kv_proj:
+            weights += (getattr(self, f"shared_{name}")[...],)
+        return Product(f"btd,md{axes}->btm{axes}", weights, out_dtype)
 
-    def _of_all(self, name: str, products: dict[str, jax.Array]) -> jax.Array:
-        """Those of ``_side_by_side`` as [B, T, M', ...], the shared memory the last."""
-        parts = [products[f"w_{name}"]] if f"w_{name}" in products else []
-        if f"shared_{name}" in products:
-            parts.append(products[f"shared_{name}"][:, :, None])
-        return jnp.concatenate(parts, axis=2)
+    def products(self) -> dict[str, Product]:
+        """The products of a short input, as ``einsums`` takes them, of which its streams and gates are made."""
+        products = {name: self._of_all(name) for name in "kv"} | {name: self._of_all(name, jnp.float32) for name in "ab"}
+        return products | {"q": Product("btd,dhk->bthk", (self.w_q[...],))}
 
-    def projections(self) -> dict[str, tuple[str, Any]]:
-        """The products of x that the streams of a short input are made of, as ``einsums`` takes them."""
-        return {"q": ("btd,dhk->bthk", self.w_q[...])} | self._side_by_side("k", "v")
-
-    def chosen_streams(self, products: dict[str, jax.Array], memories: Int[Array, "B T R"]) -> Streams:
-        """The streams of each token in each of its memories, [B, T, R, H, ...], of the products of a short input."""
-        streams = {"q": products["q"][:, :, None]}
-        for name in "kv":
-            y = self._of_all(name, products)
-            at = jnp.zeros_like(memories) if self.config.single_kv_proj else memories
-            streams[name] = jnp.take_along_axis(y, at[..., None, None], axis=2)
-        return {name: jnp.broadcast_to(s, memories.shape + s.shape[3:]) for name, s in streams.items()}
+    def streams(self, products: dict[str, jax.Array]) -> Streams:
+        """Of a short input: [B, T, M', H, ...] of every memory, or [B, T, 1, H, ...] alike for all."""
+        return {"q": products["q"][:, :, None], "k": products["k"], "v": products["v"]}
 
     def token_streams(self, x: Float[Array, "B T D"]) -> Streams:
         """What does not depend on the memory, once a token."""
@@ -117,18 +102,18 @@ class GatedDelta(nnx.Module):
         return {"k": k, "v": v}
 
     def gates(self, x: Float[Array, "B T D"], memories: Int[Array, "B T R"]) -> Streams:
-        """The gates of each token in each of its memories, [B, T, R, H]: a dense matmul for all memories, but if short."""
-        if x.shape[1] < SEGMENT_ALIGNMENT:
-            products = einsums(x, self._side_by_side("a", "b"), dtype=self.config.dtype, out_dtype=jnp.float32)
-            raw = jnp.stack([self._of_all(name, products) for name in "ab"], axis=2)
-        else:
-            w = jnp.stack([self._stacked("a"), self._stacked("b")])  # [2, M', D, H]
-            raw = einsum_float32("btd,gmdh->btgmh", x, w, dtype=self.config.dtype)
-        log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(raw[:, :, 0] + self.dt_bias[...])
-        gates = {"log_decay": log_decay, "beta": jax.nn.sigmoid(raw[:, :, 1])}
+        """The gates of each token in each of its memories, [B, T, R, H], of a dense matmul for all memories."""
+        w = jnp.stack([self._stacked("a"), self._stacked("b")])  # [2, M', D, H]
+        raw = einsum_float32("btd,gmdh->btgmh", x, w, dtype=self.config.dtype)
+        return self.chosen_gates({"a": raw[:, :, 0], "b": raw[:, :, 1]}, memories)
+
+    def chosen_gates(self, products: dict[str, jax.Array], memories: Int[Array, "B T R"]) -> Streams:
+        """The gates of each token in each of its memories, [B, T, R, H], of the products with the gates' weights."""
+        log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(products["a"] + self.dt_bias[...])
+        gates = {"log_decay": log_decay, "beta": jax.nn.sigmoid(products["b"])}
         if self.config.single_kv_proj:
             return {name: jnp.broadcast_to(g, memories.shape + g.shape[3:]) for name, g in gates.items()}
-        chosen = (memories[..., None] == jnp.arange(raw.shape[3]))[..., None]  # [B, T, R, M', 1]
+        chosen = (memories[..., None] == jnp.arange(log_decay.shape[2]))[..., None]  # [B, T, R, M', 1]
         # A masked sum instead of a gather: its gradient is no scatter.
         return {name: jnp.sum(jnp.where(chosen, g[:, :, None], 0), axis=3) for name, g in gates.items()}
 

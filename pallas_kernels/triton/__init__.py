@@ -9,12 +9,12 @@ from pallas_kernels.triton.launch import current_device
 from pallas_kernels.triton.recurrence import CHUNK_MATRICES, gated_delta_rule, linear_attention
 from pallas_kernels.triton.short_convolution import short_convolution
 from pallas_kernels.triton.stacked_matmul import MOST_ROWS, stacked_matmul
-from pallas_kernels.triton.step import gated_delta_rule_step, short_convolution_step
+from pallas_kernels.triton.step import combine_step, gated_delta_rule_step, router_step, short_convolution_step
 
 __all__ = [
-    "CHUNK_MATRICES", "combine_gated_rms_norm", "gated_delta_rule", "gated_delta_rule_step", "grouped_matmul",
-    "linear_attention", "linear_cross_entropy", "short_convolution", "short_convolution_step", "stacked_matmul",
-    "unsupported_reason",
+    "CHUNK_MATRICES", "combine_gated_rms_norm", "combine_step", "gated_delta_rule", "gated_delta_rule_step",
+    "grouped_matmul", "linear_attention", "linear_cross_entropy", "router_step", "short_convolution",
+    "short_convolution_step", "stacked_matmul", "unsupported_reason",
 ]  # fmt: skip
 
 # Compute capabilities whose shared memory holds the tiles: H100, H200 (run on an H200), A100 (compiled for it); not 8.6, 8.9
@@ -50,7 +50,7 @@ def _shape_reason(op: str, arrays: dict) -> str | None:
     if op == "stacked_matmul":
         if arrays["x"].shape[1] % 16:
             return f"D is {arrays['x'].shape[1]}; it must be a multiple of 16"
-        ragged = [w.shape[3] for w in arrays["weights"] if w.shape[3] % 16 and w.shape[3] > 64]
+        ragged = [w.shape[3] for stacks in arrays["weights"] for w in stacks if w.shape[3] % 16 and w.shape[3] > 64]
         if ragged and arrays["x"].shape[0] > 1:
             return f"N is {ragged[0]}; for several rows it must be a multiple of 16, or at most 64"
         if arrays["x"].shape[0] > MOST_ROWS:
@@ -61,7 +61,7 @@ def _shape_reason(op: str, arrays: dict) -> str | None:
         for name, x in arrays["streams"].items():
             if name in arrays["normalized"] and x.shape[-1] & (x.shape[-1] - 1):
                 return f"the heads of {name} have {x.shape[-1]} elements; normalized they must be a power of two"
-            if arrays["weights"][name].shape[0] == 1:
+            if arrays["weights"][name].shape[1] == 1:
                 return "W is 1: there is no history"
     if op in ("gated_delta_rule", "gated_delta_rule_step", "linear_attention") and arrays["k"].shape[-1] < 16:
         return f"K is {arrays['k'].shape[-1]}; it must be at least 16"

@@ -19,6 +19,7 @@ from pallas_kernels.triton.chunks import tile_of
 from pallas_kernels.triton.launch import MULTIPROCESSORS, KernelConfig, launch, with_plain_gradient
 
 WHOLE, ALL = pl.BlockSpec(), slice(None)
+ROUTER_TILE = 8192  # elements of the router's matrix that a program multiplies at a time
 
 
 def _whole(tree):
@@ -70,14 +71,15 @@ def _convolution_kernel(streams, weights, biases, place: Place, histories, outpu
     continues, active = place.continues[row, r] > 0, place.active[row] > 0
     for name, x_ref in streams.items():
         past, width = histories[name].shape[3], x_ref.shape[3]
+        source = state if x_ref.shape[1] > 1 else 0
         tile = width if name in normalized else tile_of(width, width)
         for start in range(0, width, tile):
             columns = pl.ds(start, tile)
             taps = [jnp.where(continues, histories[name][layer, row, state, w, head, columns], 0) for w in range(past)]
-            taps.append(x_ref[row, r, head, columns].astype(histories[name].dtype))
-            y = jnp.zeros((tile,), jnp.float32) if biases[name] is None else biases[name][head, columns]
+            taps.append(x_ref[row, source, head, columns].astype(histories[name].dtype))
+            y = jnp.zeros((tile,), jnp.float32) if biases[name] is None else biases[name][layer, head, columns]
             for w, tap in enumerate(taps):
-                y += weights[name][w, head, columns] * tap.astype(jnp.float32)
+                y += weights[name][layer, w, head, columns] * tap.astype(jnp.float32)
             y = (y * jax.nn.sigmoid(y)).astype(x_ref.dtype)
             if name in normalized:
                 wide = y.astype(jnp.float32)
@@ -90,11 +92,13 @@ def _convolution_kernel(streams, weights, biases, place: Place, histories, outpu
 
 def short_convolution_step(streams, weights, biases, histories, place: Place, *, normalized, interpret=False):
     """See :func:`pallas_kernels.api.short_convolution_step`."""
-    batch, chosen, heads = next(iter(streams.values())).shape[:3]
+    batch, chosen = place.index.shape
+    heads = next(iter(streams.values())).shape[2]
 
     def kernel(place, streams, weights, biases, histories):
         operands = streams, weights, biases, _as_integers(place), histories
-        out_shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (streams, histories))
+        outputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, chosen, *x.shape[2:]), x.dtype), streams)
+        out_shape = outputs, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), histories)
         first, count = len(jax.tree.leaves(operands[:-1])), len(histories)
         aliases = {first + i: count + i for i in range(count)}
         return launch(
@@ -107,3 +111,97 @@ def short_convolution_step(streams, weights, biases, histories, place: Place, *,
         return plain.short_convolution_step(*arrays, place, normalized=normalized)
 
     return with_plain_gradient(kernel, reference, place, streams, weights, biases, histories)
+
+
+def _router_kernel(operands, memories_ref, weights_ref, logits_ref, *, eps, top_k, tile):
+    """One row: the norm, the logits, and the top k one after another, of equal ones the first."""
+    x_ref, scale_ref, w_ref, bias_ref, layer_ref = operands
+    row, layer, (depth, count) = pl.program_id(0), layer_ref[()], w_ref.shape[1:]
+    lane = lax.iota(jnp.int32, pl.next_power_of_2(count))
+    is_lane = lane < count
+
+    def part(start):
+        at, mask = pl.ds(start, tile), start + lax.iota(jnp.int32, tile) < depth
+        return at, mask, plgpu.load(x_ref.at[row, at], mask=mask, other=0).astype(jnp.float32)
+
+    squares = sum(jnp.sum(x * x) for _, _, x in map(part, range(0, depth, tile)))
+    factor, logits = lax.rsqrt(squares / depth + eps), jnp.zeros(lane.shape, jnp.float32)
+    for at, mask, x in map(part, range(0, depth, tile)):
+        scale = plgpu.load(scale_ref.at[layer, at], mask=mask, other=0)
+        x = (x * factor * scale).astype(x_ref.dtype).astype(jnp.float32)
+        both = mask[:, None] & is_lane[None, :]
+        w = plgpu.load(w_ref.at[layer, at, pl.ds(0, lane.size)], mask=both, other=0)
+        logits += jnp.sum(x[:, None] * w, axis=0)
+    plgpu.store(logits_ref.at[row, pl.ds(0, lane.size)], logits, mask=is_lane)
+
+    exponentials = jnp.where(is_lane, jnp.exp(logits - jnp.max(jnp.where(is_lane, logits, -jnp.inf))), 0)
+    rest = exponentials / jnp.sum(exponentials)
+    if bias_ref is not None:
+        rest += plgpu.load(bias_ref.at[layer, pl.ds(0, lane.size)], mask=is_lane, other=0)
+    rest, chosen = jnp.where(is_lane, rest, -jnp.inf), []
+    for r in range(top_k):
+        best = jnp.min(jnp.where(rest == jnp.max(rest), lane, count - 1))  # in range also if all are NaN
+        chosen.append(jnp.sum(jnp.where(lane == best, logits, 0)))
+        rest = jnp.where(lane == best, -jnp.inf, rest)
+        memories_ref[row, r] = best
+    chosen = [jnp.exp(logit - functools.reduce(jnp.maximum, chosen)) for logit in chosen]
+    for r, weight in enumerate(chosen):
+        weights_ref[row, r] = weight / sum(chosen)
+    if memories_ref.shape[1] > top_k:
+        memories_ref[row, top_k], weights_ref[row, top_k] = jnp.int32(count), jnp.float32(1)
+
+
+def router_step(x, scale, weight, bias, layer, *, eps, top_k, has_shared, interpret=False):
+    """See :func:`pallas_kernels.api.router_step`."""
+    rows, count = x.shape[0], weight.shape[2]
+    tile = min(pl.next_power_of_2(x.shape[1]), ROUTER_TILE // pl.next_power_of_2(count))
+
+    def kernel(layer, x, scale, weight, bias):
+        operands, width = (x, scale, weight, bias, layer), top_k + has_shared
+        out_shape = tuple(
+            jax.ShapeDtypeStruct((rows, columns), dtype)
+            for columns, dtype in ((width, jnp.int32), (width, jnp.float32), (count, jnp.float32))
+        )
+        return launch(
+            lambda *refs: _router_kernel(refs[:5], *refs[5:], eps=eps, top_k=top_k, tile=tile), *operands,
+            name="router_step", grid=(rows,), in_specs=_whole(operands), out_specs=_whole(out_shape), out_shape=out_shape,
+            config=KernelConfig(tile), interpret=interpret,
+        )  # fmt: skip
+
+    def reference(layer, *arrays):
+        return plain.router_step(*arrays, layer, eps=eps, top_k=top_k, has_shared=has_shared)
+
+    return with_plain_gradient(kernel, reference, layer, x, scale, weight, bias)
+
+
+def _combine_kernel(o_ref, weights_ref, gate_ref, scale_ref, layer_ref, y_ref, *, eps):
+    """One head of one row."""
+    row, head, width = pl.program_id(0), pl.program_id(1), o_ref.shape[3]
+    at = pl.ds(0, pl.next_power_of_2(width))
+    mask = lax.iota(jnp.int32, at.size) < width
+
+    def load(ref, *place):
+        return plgpu.load(ref.at[(*place, at)], mask=mask, other=0).astype(jnp.float32)
+
+    o = sum(load(o_ref, row, jnp.int32(r), head) * weights_ref[row, r] for r in range(o_ref.shape[1]))
+    o = o * lax.rsqrt(jnp.sum(o * o) / width + eps) * load(scale_ref, layer_ref[()])
+    if gate_ref is not None:
+        gate = load(gate_ref, row, head)
+        o *= gate * jax.nn.sigmoid(gate)
+    plgpu.store(y_ref.at[row, head, at], o.astype(y_ref.dtype), mask=mask)
+
+
+def combine_step(o, weights, gate, scale, layer, *, eps, interpret=False):
+    """See :func:`pallas_kernels.api.combine_step`."""
+
+    def kernel(layer, o, weights, gate, scale):
+        operands, out_shape = (o, weights, gate, scale, layer), jax.ShapeDtypeStruct((o.shape[0], *o.shape[2:]), o.dtype)
+        return launch(
+            functools.partial(_combine_kernel, eps=eps), *operands, name="combine_step", grid=(o.shape[0], o.shape[2]),
+            in_specs=_whole(operands), out_specs=WHOLE, out_shape=out_shape, config=KernelConfig(0), interpret=interpret,
+        )  # fmt: skip
+
+    def reference(layer, *arrays):
+        return plain.combine_step(*arrays, layer, eps=eps)
+
+    return with_plain_gradient(kernel, reference, layer, o, weights, gate, scale)
