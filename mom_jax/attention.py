@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mom_jax.config import ModelConfig
 from mom_jax.layers import LayerState, einsum, normal_param
 from mom_jax.sharding import constrain
+from pallas_kernels.step import with_states
 
 
 class AttentionState(NamedTuple):
@@ -139,6 +140,6 @@ def _write(state: LayerState, new: AttentionState, is_ring: bool) -> AttentionSt
     if is_ring:
         is_kept &= new.position >= count[:, None] - size
         slots = slots % size
-    at = layer, jnp.arange(len(slots))[:, None], jnp.where(is_kept, slots, size)  # from size on: dropped
-    written = (old.at[at].set(fresh.astype(old.dtype), mode="drop") for old, fresh in zip(stack[:4], new[:4], strict=True))
+    slots = jnp.where(is_kept, slots, size)  # from size on: dropped
+    written = (with_states(old, layer, slots, fresh, mode="drop") for old, fresh in zip(stack[:4], new[:4], strict=True))
     return AttentionState(*written, count=stack.count.at[layer].set(count))
