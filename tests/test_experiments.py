@@ -347,9 +347,10 @@ SCRIPTS = {
     ),
     "benchmark_generation.py": (
         lambda workshop, output: [
-            "--works", "tiny 2x70", "tiny 1x0", "--tokens", "2", "--rounds", "1", "--calls", "1", "--output", str(output),
+            "--works", "tiny 2x70", "tiny 2x1", "tiny 1x0", "--tokens", "2", "--rounds", "1", "--calls", "1",
+            "--output", str(output),
         ],
-        ["generation.json", "generation.md", "generation.png"],
+        ["generation.json", "generation.md", "generation.png", "generation_lengths.png"],
     ),
     "compare_losses.py": (
         lambda workshop, output: [
