@@ -352,6 +352,13 @@ SCRIPTS = {
         ],
         ["generation.json", "generation.md", "generation.png", "generation_lengths.png"],
     ),
+    "check_long_context.py": (
+        lambda workshop, output: [
+            *TINY, "--model.vocab-size", "32", "--tokens", "2240", "--compare", "2112", "--control", "100",
+            "--new-tokens", "2", "--output", str(output),
+        ],
+        ["long_context.json", "long_context.md"],
+    ),
     "compare_losses.py": (
         lambda workshop, output: [
             *TINY, "--kernels", "reference", "--seeds", "1", "--data.path", str(workshop.data),
