@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from cli import run
-from timing import mixer_flops_per_token
+from timing import compiled_gib, mixer_flops_per_token
 
 from mom_jax.config import PRESETS, MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.sharding import make_mesh, use_mesh
@@ -97,15 +97,8 @@ def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> d
         "ms": 1e3 * second, "tokens_per_second": tokens_per_second,
         "mfu": tokens_per_second * flops_per_token(model) / (1e12 * config.peak_tflops),
         "peak_gib_so_far": statistics_of_memory.get("peak_bytes_in_use", 0) / 2**30,
-        "compiled_gib": _compiled_bytes(step) / 2**30, "losses": losses,
+        "compiled_gib": compiled_gib(step), "losses": losses,
     }  # fmt: skip
-
-
-def _compiled_bytes(step) -> int:
-    """What the compiled step needs at once: arguments, results that are not in their place, temporaries."""
-    memory = step.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def main(config: BenchmarkTraining) -> dict:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mom_jax.config import ModelConfig, require
+from mom_jax.generation import begin_decoding, decode
+from mom_jax.sampling import GREEDY
 
 LIMIT = 2e-2  # relative L2 error in bfloat16 against the float32 reference
 
@@ -86,14 +88,38 @@ def table_row(row: dict, formats: dict[str, str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_report(directory: str, name: str, figures: dict, columns: tuple[str, ...], lines: list[str]) -> None:
-    """The figures as ``name``.json; ``name``.md: the title over a table of these lines; ``name``.png: the times as bars."""
+def compiled_gib(program) -> float:
+    """What a compiled program needs at once: arguments, results that are not in their place, temporaries."""
+    memory = program.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (memory.argument_size_in_bytes + results + memory.temp_size_in_bytes) / 2**30
+
+
+def time_decoding(config: ModelConfig, params, state, hidden, tokens: int) -> tuple[float, float]:
+    """Milliseconds a token of the compiled greedy loop, after as many that do not count, and the GiB that it needs."""
+    rows = len(hidden)
+    decoding = begin_decoding(state, hidden, [np.zeros(1, np.int32)] * rows, 2 * tokens, None)
+    arguments = GREEDY.options(), np.zeros(rows, np.uint32), np.zeros(config.vocab_size, bool)
+    loop = decode.lower(config, params, decoding, *arguments, np.int32(0)).compile()
+    for limit in (tokens, 2 * tokens):
+        start = time.perf_counter()
+        decoding = loop(params, decoding, *arguments, np.int32(limit))
+        jax.block_until_ready(decoding.tokens)
+        ms = 1e3 * (time.perf_counter() - start) / tokens
+    return ms, compiled_gib(loop)
+
+
+def write_report(
+    directory: str, name: str, figures: dict, columns: tuple[str, ...], lines: list[str], notes: list[str] | None = None
+) -> None:
+    """The figures as ``name``.json; ``name``.md: title, notes and a table of these lines; ``name``.png: the rows' times."""
     output = Path(directory)
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    table = [title(figures), "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines]
+    table = [title(figures), "", *(notes or ()), f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines]
     (output / f"{name}.md").write_text("\n".join(table) + "\n", encoding="utf-8")
-    plot_times(figures["rows"], title(figures), output / f"{name}.png")
+    if "rows" in figures:
+        plot_times(figures["rows"], title(figures), output / f"{name}.png")
 
 
 def plot_times(rows: list[dict], heading: str, path: Path) -> None:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from mom_jax.config import PRESETS, ModelConfig, gated_deltanet_340m, mom_1_3b, mom_340m, tiny
+from mom_jax.config import PRESETS, ModelConfig, gated_deltanet_340m, mom_1_3b, mom_340m, tiny, transformer_340m
 
 # Fetched at first use, so that what only reads configurations or data does not wait for JAX.
 _MODULES = {
@@ -12,7 +12,9 @@ _MODULES = {
     "Sampling": "mom_jax.sampling",
 }  # fmt: skip
 
-__all__ = ["PRESETS", "ModelConfig", "gated_deltanet_340m", "mom_1_3b", "mom_340m", "tiny", *_MODULES]
+__all__ = [
+    "PRESETS", "ModelConfig", "gated_deltanet_340m", "mom_1_3b", "mom_340m", "tiny", "transformer_340m", *_MODULES,
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
 from mom_jax.layers import Deferred, LayerState, Product, einsum, einsums, normal_param
 from mom_jax.sharding import constrain
+from pallas_kernels.step import with_states
 
 
 class AttentionState(NamedTuple):
@@ -105,6 +107,8 @@ class Attention(nnx.Module):
             # A ring overwrites what the first tokens of a long piece still see: then old and new stand side by side.
             overwrites = attention.window_size is not None and num_tokens > 1
             seen = (state if overwrites else LayerState(after, state.layer)).get()
+            # Left to choose a layout for the products, XLA would copy the caches of all layers to it and back.
+            seen = jax.tree.map(lambda x: with_layout_constraint(x, Layout(range(x.ndim))), seen)
             if overwrites:
                 parts = (jnp.concatenate(both, axis=1) for both in zip(seen[:4], new[:4], strict=True))
                 seen = AttentionState(*parts, count=new.count)
@@ -114,7 +118,10 @@ class Attention(nnx.Module):
         if attention.window_size is not None:
             visible &= distance < attention.window_size
         visible |= ~real[..., None]  # padded tokens attend to anything, so that no softmax is empty
-        o = self._attend(q, seen.k.astype(q.dtype), seen.v.astype(q.dtype), mask=visible[:, None])
+        if num_tokens == 1:
+            o = _attend_once(q, seen, visible)
+        else:
+            o = self._attend(q, seen.k.astype(q.dtype), seen.v.astype(q.dtype), mask=visible[:, None])
         if state is None:
             return self._project(o, residual), None, None
         if attention.window_size is None:
@@ -132,6 +139,16 @@ class Attention(nnx.Module):
         return constrain(y, "btd")
 
 
+def _attend_once(q: Float[Array, "B 1 H K"], seen: AttentionState, visible: Bool[Array, "B 1 cache"]) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v [B, 1, H, K] of one token. As sums, which read the cache once; products would copy v."""
+    batch, _, num_heads, width = q.shape
+    num_kv_heads = seen.k.shape[2]
+    q_grouped = q.reshape(batch, 1, num_kv_heads, num_heads // num_kv_heads, width).astype(jnp.float32)
+    logits = jnp.sum(q_grouped * seen.k[:, :, :, None], axis=-1) / width**0.5  # [B, cache, G, H / G]
+    p = jax.nn.softmax(logits, axis=1, where=visible[:, 0, :, None, None])
+    return jnp.sum(p[..., None] * seen.v[:, :, :, None], axis=1).reshape(q.shape).astype(q.dtype)
+
+
 def _write(state: LayerState, new: AttentionState, is_ring: bool) -> AttentionState:
     """Puts the piece's real tokens into the layer's cache, at their positions; in a ring modulo its size, the last ones."""
     stack, layer = state
@@ -141,6 +158,6 @@ def _write(state: LayerState, new: AttentionState, is_ring: bool) -> AttentionSt
     if is_ring:
         is_kept &= new.position >= count[:, None] - size
         slots = slots % size
-    at = layer, jnp.arange(len(slots))[:, None], jnp.where(is_kept, slots, size)  # from size on: dropped
-    written = (old.at[at].set(fresh.astype(old.dtype), mode="drop") for old, fresh in zip(stack[:4], new[:4], strict=True))
+    slots = jnp.where(is_kept, slots, size)  # from size on: dropped
+    written = (with_states(old, layer, slots, fresh, mode="drop") for old, fresh in zip(stack[:4], new[:4], strict=True))
     return AttentionState(*written, count=stack.count.at[layer].set(count))

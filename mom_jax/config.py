@@ -264,8 +264,14 @@ def gated_deltanet_340m(**overrides) -> ModelConfig:
     return mom_340m(**{"num_memories": 1, "top_k": 1, "shared_memory": False, "balance_loss_scale": 0.0} | overrides)
 
 
+def transformer_340m(**overrides) -> ModelConfig:
+    """mom_340m with softmax attention in all layers: a Transformer of its size, 543,736,832 parameters, by a wider MLP."""
+    attention = AttentionConfig(layers=tuple(range(overrides.get("num_layers", 24))))
+    return mom_340m(**{"attention": attention, "hidden_ratio": 7.5, "balance_loss_scale": 0.0} | overrides)
+
+
 PRESETS: dict[str, Callable[..., ModelConfig]] = {
-    preset.__name__: preset for preset in (tiny, mom_340m, mom_1_3b, gated_deltanet_340m)
+    preset.__name__: preset for preset in (tiny, mom_340m, mom_1_3b, gated_deltanet_340m, transformer_340m)
 }
 
 

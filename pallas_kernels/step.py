@@ -73,12 +73,7 @@ class Place(NamedTuple):
         """The pool with these states [B, R, ...], but for inactive rows."""
         old = states_at(pool, self.layer, self.index)
         new = jnp.where(_wide(self.active, pool.ndim - 1), new.astype(pool.dtype), old)
-        dimensions = lax.ScatterDimensionNumbers(
-            update_window_dims=tuple(range(2, old.ndim)), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2),
-            operand_batching_dims=(1,), scatter_indices_batching_dims=(0,),
-        )  # fmt: skip
-        at = _pairs(self.layer, self.index)
-        return lax.scatter(pool, at, new, dimensions, unique_indices=True, mode="promise_in_bounds")
+        return with_states(pool, self.layer, self.index, new, unique_indices=True, mode="promise_in_bounds")
 
 
 def states_at(pool: jax.Array, layer: jax.Array, index: Int[Array, "B R"]) -> jax.Array:
@@ -88,6 +83,19 @@ def states_at(pool: jax.Array, layer: jax.Array, index: Int[Array, "B R"]) -> ja
         operand_batching_dims=(1,), start_indices_batching_dims=(0,),
     )  # fmt: skip
     return lax.gather(pool, _pairs(layer, index), dimensions, (1, 1, 1, *pool.shape[3:]), mode="promise_in_bounds")
+
+
+def with_states(pool: jax.Array, layer: jax.Array, index: Int[Array, "B R"], new: jax.Array, **how) -> jax.Array:
+    """The pool with ``new`` [B, R, ...] at pool[layer, b, index[b, r]]; rows are a batch dimension here too.
+
+    Args:
+      how: the mode and so on of ``lax.scatter``.
+    """
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, new.ndim)), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,), scatter_indices_batching_dims=(0,),
+    )  # fmt: skip
+    return lax.scatter(pool, _pairs(layer, index), new.astype(pool.dtype), dimensions, **how)
 
 
 def _pairs(layer, index):

@@ -160,7 +160,7 @@ def test_files_that_cannot_be_read_are_refused(write, tmp_path, capsys):
 
 
 def test_an_unknown_preset_is_refused_with_the_others_in_order(capsys):
-    allowed = "choose one of tiny, mom_340m, mom_1_3b, gated_deltanet_340m"
+    allowed = "choose one of tiny, mom_340m, mom_1_3b, gated_deltanet_340m, transformer_340m"
     assert error_of(capsys, ["--preset", "huge"]).endswith(f"error: --preset = 'huge' is not allowed: {allowed}")
 
 
@@ -234,7 +234,7 @@ def test_help_explains_every_field(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "What this shows." in text
     assert "--config FILE" in text
-    assert "--preset {tiny,mom_340m,mom_1_3b,gated_deltanet_340m}" in text
+    assert "--preset {tiny,mom_340m,mom_1_3b,gated_deltanet_340m,transformer_340m}" in text
     assert "--model.shared-memory, --model.no-shared-memory" in text
     for prefix, cls in [
         ("model.", ModelConfig), ("model.attention.", AttentionConfig), ("data.", DataConfig),

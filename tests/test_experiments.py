@@ -347,9 +347,17 @@ SCRIPTS = {
     ),
     "benchmark_generation.py": (
         lambda workshop, output: [
-            "--works", "tiny 2x70", "tiny 1x0", "--tokens", "2", "--rounds", "1", "--calls", "1", "--output", str(output),
+            "--works", "tiny 2x70", "tiny 2x1", "tiny 1x0", "--tokens", "2", "--rounds", "1", "--calls", "1",
+            "--output", str(output),
         ],
-        ["generation.json", "generation.md", "generation.png"],
+        ["generation.json", "generation.md", "generation.png", "generation_lengths.png"],
+    ),
+    "check_long_context.py": (
+        lambda workshop, output: [
+            *TINY, "--model.vocab-size", "32", "--tokens", "2240", "--compare", "2112", "--control", "100",
+            "--new-tokens", "2", "--output", str(output),
+        ],
+        ["long_context.json", "long_context.md"],
     ),
     "compare_losses.py": (
         lambda workshop, output: [

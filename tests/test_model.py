@@ -283,6 +283,7 @@ def size_of(tree):
         ("mom_340m", {"tie_embeddings": True}, 545_119_424 - 32000 * 1024),
         ("mom_1_3b", {}, None),
         ("gated_deltanet_340m", {}, None),
+        ("transformer_340m", {}, 543_736_832),
         ("tiny", {}, None),
     ],
 )
@@ -293,6 +294,7 @@ def test_parameter_counts(preset, overrides, size):
     d, h, k, v, f = config.hidden_size, config.num_heads, config.head_dim, config.value_head_dim, config.mlp_size
     key_values = (config.num_memories + config.shared_memory) * d * h * (k + v + 2)
     mixer = d * config.num_memories + key_values + d * h * k + 2 * d * h * v + 4 * h * (2 * k + v) + 2 * h + v
+    mixer = 4 * d * d if config.attention.layers else mixer
     counted = config.num_layers * (mixer + 3 * d * f + 2 * d) + d + config.vocab_size * d * (2 - config.tie_embeddings)
     assert size_of(params) == counted
     assert size is None or counted == size

@@ -13,7 +13,7 @@ from models import KINDS, draw_params, small
 from numerics import assert_close
 
 from mom_jax.config import AttentionConfig, MeshConfig
-from mom_jax.model import bind, model_structure, split_params
+from mom_jax.model import ModelState, bind, model_structure, split_params
 from mom_jax.sharding import PARAMETER_AXES, constrain, leaf_name, make_mesh, parameter_specs, shardings, spec, use_mesh
 
 MESHES = [(8, 1), (2, 4), (4, 2)]
@@ -91,6 +91,19 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(kind, sizes):
     assert {shard.data.shape[1] for shard in w_k.addressable_shards} == {config.num_memories // sizes[1]}
     assert {shard.data.shape[0] for shard in tokens.addressable_shards} == {B // sizes[0]}
     assert_close(jax.device_get((loss, gradient)), on_one_device(kind), 1e-5)
+
+
+def test_new_keys_stay_on_the_device_of_their_row():
+    """A token of decoding, rows over eight devices: no row's cache needs what another device has."""
+    config = small("attention_only")
+    model, mesh = bind(config, *draw_params(config)), make_mesh(MeshConfig(8, 1))
+    state = model.init_state(B)
+    rows_of_layers = jax.tree.map(lambda _: PartitionSpec(None, "data"), state.layers)
+    placement = shardings(mesh, (spec("bt"), ModelState(rows_of_layers, spec("b"))))
+    tokens, state = jax.device_put((np.ones((B, 1), np.int32), state), placement)
+    with use_mesh(mesh):
+        program = jax.jit(lambda tokens, state: model.hidden(tokens, state=state)).lower(tokens, state).compile()
+    assert "all-gather" not in program.as_text()
 
 
 def test_without_a_mesh_nothing_is_annotated():

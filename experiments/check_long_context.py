@@ -1,0 +1,175 @@
+"""Does a long prompt in pieces take constant memory, and end in the state of the whole prompt at once?
+
+    python experiments/check_long_context.py --output docs/results/long_context       one NVIDIA GPU, about 4 minutes
+
+From fresh weights and random tokens, one row:
+
+    memory   --tokens tokens go through the model as mom_jax.generate takes them, in the compute type of the model. What the
+             device holds afterwards, and the most that it has held, may be at most 64 MiB above that after --compare tokens.
+             Then --new-tokens are decoded.
+    state    --compare tokens in float32, in one call and in pieces: the relative L2 error of each layer's memories after the
+             last token. What a fresh model has forgotten by then is not seen.
+
+Rounding moves a token to another memory where two are almost equally probable, and from then on the states differ by more
+than rounding; so the choices that differ are counted. Up to the first layer that has any the error may be at most 5e-5.
+Those of mom_jax.generation.prefill are not seen: the choices of pieces of its size stand for them.
+
+Fails if a limit is exceeded, after writing long_context.json and long_context.md. A CPU does not say what memory it holds.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cli import run
+from jax import lax
+from timing import Timing, device_figures, relative_error, time_decoding, write_report
+
+from mom_jax.config import ModelConfig, mom_340m, require
+from mom_jax.generation import PIECES, empty_state, prefill
+from mom_jax.layers import cast_weights
+from mom_jax.model import bind, init_params
+
+ERROR_LIMIT = 5e-5
+GROWTH_LIMIT = 64 * 2**20  # bytes: room for the ids of pieces that wait for the device
+
+
+@dataclass(frozen=True)
+class CheckLongContext:
+    """What to check."""
+
+    model: ModelConfig = field(default_factory=mom_340m)
+    tokens: int = 1_000_000
+    """Tokens of the long prompt."""
+    compare: int = 65_536
+    """Tokens whose state is compared, and after which memory is first looked at."""
+    control: int = 1024
+    """Tokens in other pieces than those of generation."""
+    new_tokens: int = 64
+    """Tokens to decode, after as many that do not count."""
+    seed: int = 0
+    """Seed of the weights and the tokens."""
+    output: str = "runs/check_long_context"
+    """Directory of the figures."""
+
+    def __post_init__(self):
+        for name in ("compare", "control", "new_tokens"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
+        require(self.tokens > self.compare, "tokens", self.tokens, f"it must be more than compare = {self.compare}")
+        layers = self.model.attention.layers
+        require(not layers, "AttentionConfig.layers", layers, "the states that are compared are those of memories")
+
+
+@partial(jax.jit, static_argnums=0)
+def make_weights(config: ModelConfig, seed):
+    """Fresh ones in the compute type, never held in float32 all at once: that would take more memory than the prompt."""
+    return cast_weights(init_params(config, jax.random.key(seed))[0], config.dtype, of_embedding=True)
+
+
+def memory() -> dict[str, int]:
+    """Bytes that the device holds, and the most that it has held so far; empty if it does not say."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    return {name: statistics[name] for name in ("bytes_in_use", "peak_bytes_in_use") if name in statistics}
+
+
+def check_memory(config: CheckLongContext, prompt: np.ndarray) -> dict:
+    params, state, hidden = make_weights(config.model, config.seed), None, None
+    memories = {"the weights": memory()}
+    prefill(config.model, params, [prompt[: len(prompt) % PIECES[0] or 1]], None)  # compiles the small pieces at the end
+    for length in (config.compare, config.tokens):
+        del state, hidden
+        start = time.perf_counter()
+        state, hidden = jax.block_until_ready(prefill(config.model, params, [prompt[:length]], None))
+        seconds = time.perf_counter() - start
+        memories[f"{length:,} tokens"] = memory()
+    _, first, last = memories.values()
+    is_finite = bool(jnp.isfinite(hidden).all())
+    ms, _ = time_decoding(config.model, params, state, hidden, config.new_tokens)
+    return {
+        "memory": memories, "growth": max((last[name] - first[name] for name in last), default=None),
+        "prefill_tokens_per_second": config.tokens / seconds, "is_finite": is_finite, "decoding_ms": ms,
+    }  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def advance(config: ModelConfig, params, state, tokens):
+    """The state after a piece, and the memories [L, B, T, R] that its tokens chose."""
+    out = bind(config, params, {}).hidden(tokens, state=state)
+    return out.state, jnp.sort(lax.top_k(out.router.logits, config.top_k)[1])
+
+
+def in_pieces(config: ModelConfig, params, prompt: np.ndarray, size: int):
+    """The memories of all layers after the prompt, and the choices of all tokens."""
+    state, choices = empty_state(config, 1, None), []
+    for begin in range(0, len(prompt), size):
+        state, chosen = advance(config, params, state, prompt[None, begin : begin + size])
+        choices.append(np.asarray(chosen))
+    return state.layers[0].recurrent, np.concatenate(choices, axis=2)
+
+
+def check_state(config: CheckLongContext, prompt: np.ndarray) -> dict[str, dict[str, list]]:
+    """For every way through the prompt, the error of each layer's memories and how many of its tokens chose others."""
+    model = dataclasses.replace(config.model, dtype="float32")
+    params = make_weights(model, config.seed)
+    whole, choices = in_pieces(model, params, prompt, len(prompt))
+    usual, usual_choices = in_pieces(model, params, prompt, PIECES[0])
+    state, _ = prefill(model, params, [prompt], None)
+    found = {
+        "prefill": (state.layers[0].recurrent, usual_choices), f"pieces of {PIECES[0]}": (usual, usual_choices),
+        f"pieces of {config.control}": in_pieces(model, params, prompt, config.control),
+    }  # fmt: skip
+
+    def error(memories, layer):
+        return relative_error(*(jax.tree.map(lambda x: x[layer], tree) for tree in (memories, whole)))
+
+    return {
+        name: {
+            "error": [error(memories, layer) for layer in range(model.num_layers)],
+            "other_choices": np.any(others != choices, axis=-1).sum(axis=(1, 2)).tolist(),
+        }
+        for name, (memories, others) in found.items()
+    }
+
+
+def failures(found: dict) -> list[str]:
+    failed = [] if found["is_finite"] else ["what comes out after the long prompt is not finite"]
+    if (found["growth"] or 0) > GROWTH_LIMIT:
+        failed.append(f"memory grew by {found['growth'] / 2**20:,.0f} MiB with the length of the prompt")
+    for name, way in found["state"].items():
+        for layer, (error, others) in enumerate(zip(way["error"], way["other_choices"], strict=True)):
+            if others:
+                break
+            if not error <= ERROR_LIMIT:
+                failed.append(f"{name}: an error of {error:.1e} in layer {layer}, without another choice")
+    return failed
+
+
+def main(config: CheckLongContext) -> dict:
+    prompt = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, config.tokens, dtype=np.int32)
+    found = check_memory(config, prompt)  # first, since nothing takes back the most that was held
+    found["state"] = check_state(config, prompt[: config.compare])
+    failed = failures(found)
+    figures = device_figures(Timing()) | {"settings": dataclasses.asdict(config), "failures": failed} | found
+    speed = f"{found['prefill_tokens_per_second']:,.0f} tokens/s, then {found['decoding_ms']:.2f} ms a token"
+    notes = [f"- {config.tokens:,} tokens: {speed}"]
+    for when, sizes in found["memory"].items():
+        held = ", at most ".join(f"{size / 2**30:.3f} GiB" for size in sizes.values()) or "not measured"
+        notes.append(f"- memory after {when}: {held}")
+    notes += [f"- failed: {failure}" for failure in failed] or ["- all within the limits"]
+    columns = ("layer", *(f"{name}: {what}" for name in found["state"] for what in ("error", "other choices")))
+    cells = zip(*(way[what] for way in found["state"].values() for what in ("error", "other_choices")), strict=True)
+    texts = ([f"{x:.1e}" if isinstance(x, float) else f"{x:,}" for x in row] for row in cells)
+    lines = [f"| {layer} | {' | '.join(row)} |" for layer, row in enumerate(texts)]
+    write_report(config.output, "long_context", figures, columns, lines, [*notes, ""])
+    print("\n".join(notes))
+    if failed:
+        raise ValueError("; ".join(failed))
+    return figures
+
+
+if __name__ == "__main__":
+    run(CheckLongContext, main, __doc__)
