@@ -76,7 +76,7 @@ class Workshop:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
             "JAX_NUM_CPU_DEVICES": "1",
         }
-        self.uninterrupted = cache(self.run_undisturbed)
+        self.uninterrupted, self.outputs = cache(self.run_undisturbed), cache(self.run_script)
 
     def train(self, name: str, output: Path, *flags: str) -> list[str]:
         """The command that trains by the file ``name``.json."""
@@ -97,6 +97,13 @@ class Workshop:
     def run_undisturbed(self, name: str) -> Path:
         output = self.directory / f"{name}_undisturbed"
         self.run(self.train(name, output))
+        return output
+
+    def run_script(self, script: str) -> Path:
+        """Runs an experiment with its flags of ``SCRIPTS``."""
+        output = self.directory / script
+        output.mkdir()
+        self.run(self.command(script, *SCRIPTS[script][0](self, output)))
         return output
 
 
@@ -318,7 +325,7 @@ SCRIPTS = {
     "train_mqar.py": (
         lambda workshop, output: [
             *TINY, "--model.vocab-size", "32", "--train.steps", "20", "--train.warmup-steps", "2", "--sequence-length", "16",
-            "--pairs", "2", "4", "--batch-size", "4", "--test-rows", "4", "--output", str(output),
+            "--pairs", "2", "4", "--train-rows", "8", "--batch-size", "4", "--test-rows", "4", "--output", str(output),
         ],
         ["config.json", "results.json"],
     ),
@@ -390,26 +397,22 @@ def test_every_experiment_is_in_the_table():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_experiments_run_two_steps(workshop, tmp_path, script):
-    flags, files = SCRIPTS[script]
-    workshop.run(workshop.command(script, *flags(workshop, tmp_path)))
-    assert [pattern for pattern in files if not list(tmp_path.glob(pattern))] == []
+def test_experiments_run_two_steps(workshop, script):
+    output = workshop.outputs(script)
+    assert [pattern for pattern in SCRIPTS[script][1] if not list(output.glob(pattern))] == []
 
 
-def test_an_interrupted_comparison_is_finished(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_comparison_is_finished(workshop, tmp_path):
     """An arm that the output already holds is not trained again; results of other settings are refused."""
-    flags = [*SCRIPTS["train_mqar.py"][0](None, tmp_path), "--train-rows", "8"]
-    monkeypatch.setattr(sys, "argv", ["train_mqar.py", *flags])
-    runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
-    results = json.loads((tmp_path / "results.json").read_text())
-    marked = {"mom": results["mom"] | {"parameters": -1}}
-    (tmp_path / "results.json").write_text(json.dumps(marked))
-    runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
-    assert json.loads((tmp_path / "results.json").read_text()) == results | marked
-    monkeypatch.setattr(sys, "argv", ["train_mqar.py", *flags, "--seeds", "2"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
-    assert "it holds results of other settings" in capsys.readouterr().err
+    path = shutil.copytree(workshop.outputs("train_mqar.py"), tmp_path / "mqar") / "results.json"
+    command = workshop.command("train_mqar.py", *SCRIPTS["train_mqar.py"][0](workshop, path.parent))
+    results = json.loads(path.read_text())
+    marked = {name: results[name] | {"parameters": -1} for name in ("mom", "equal parameters")}
+    path.write_text(json.dumps(marked))
+    workshop.run(command)
+    assert json.loads(path.read_text()) == results | marked
+    stderr = workshop.run([*command, "--seeds", "2"], status=1).stderr
+    assert "it holds results of other settings" in stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
