@@ -7,6 +7,7 @@ file's ``num_memories = 1`` needs ``--model.top-k 1`` where the preset has top_k
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import sys
@@ -44,12 +45,17 @@ def run[Experiment](
     """Call ``main`` with what the program's command line asks for; arguments as in ``parse``.
 
     What the user can mend (a setting, a file, a run that diverged) ends the program with the message on stderr and
-    status 1, without a traceback; Ctrl-C with status 130. A warning, too, is one line.
+    status 1, without a traceback; Ctrl-C with status 130; a reader of the output that has gone, as head does, silently with
+    status 141. A warning, too, is one line.
     """
     experiment = parse(experiment_class, description)
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     try:
         main(experiment)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

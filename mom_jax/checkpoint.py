@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 
 from mom_jax.config import require
 from mom_jax.files import CHECKSUMS, checksums_of
+from mom_jax.weights import by_name
 
 ITEM_FILES = "*/*"  # of any depth, as fnmatch reads it; not those at the top, where Orbax writes on after the checksums
 RUN = "run/metadata"
@@ -187,25 +188,6 @@ def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:
     return _read_run(path)["config"]
 
 
-def load_params(directory: str | os.PathLike, abstract_params: Any = None, step: int | None = None) -> Any:
-    """Return ``state["params"]`` alone, of the newest whole checkpoint or of ``step``.
-
-    ``abstract_params`` is as in ``Checkpoints.restore``; None: nested dicts as saved, on the first device.
-    Raises ``FileNotFoundError`` if there is no checkpoint, ``RuntimeError`` if all are damaged, and ``ValueError`` with
-    every difference if the saved arrays are not those asked for.
-    """
-    path, _ = _newest_whole(Path(directory).absolute(), step)
-    stored = _stored(path)["params"]
-    if abstract_params is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), stored)
-    _refuse_differences(f"the parameters in {path} differ", _types(stored), _types(abstract_params))
-    wanted = {"params": abstract_params}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-    return ocp.PyTreeCheckpointHandler().restore(path / "state", args=args)["params"]
-
-
 @dataclass
 class _NewestAndBest:
     """A PreservationPolicy of Orbax, whose own BestN reads metrics from files that may be damaged."""
@@ -265,7 +247,7 @@ def _stored(path: Path) -> Any:
 
 def _fields(config: dict) -> dict[str, Any]:
     """Values by dotted name, as they come back from JSON (tuples as lists)."""
-    return _by_name(json.loads(json.dumps(config)), is_leaf=lambda value: not isinstance(value, dict))
+    return by_name(json.loads(json.dumps(config)), is_leaf=lambda value: not isinstance(value, dict))
 
 
 def _types(arrays: Any) -> dict[str, str]:
@@ -276,12 +258,7 @@ def _types(arrays: Any) -> dict[str, str]:
             x = jax.eval_shape(jax.random.key_data, x)
         return f"{x.dtype}{list(x.shape)}"
 
-    return {name: describe(x) for name, x in _by_name(arrays).items()}
-
-
-def _by_name(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {name: describe(x) for name, x in by_name(arrays).items()}
 
 
 def _refuse_differences(what: str, saved: dict, wanted: dict, ignore: Sequence[str] = (), remedy: str = "") -> None:

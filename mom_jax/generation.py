@@ -103,9 +103,9 @@ def generate(
     if config.attention.layers and config.attention.window_size is None:
         max_length = max_length or config.max_length
         longest = max(map(len, ids))
-        allowed = f"together at most max_length = {max_length}, which is what the attention layers' caches hold"
-        needed = (longest, max_new_tokens)
-        require(sum(needed) <= max_length, "(tokens of the longest prompt, max_new_tokens)", needed, allowed)
+        needed = longest + max_new_tokens
+        allowed = f"it must be at least {needed}, the tokens of the longest prompt ({longest}) and max_new_tokens together"
+        require(needed <= max_length, "max_length", max_length, allowed)
     else:
         max_length = None  # no state depends on it
     is_stop = np.zeros(vocab_size, bool)

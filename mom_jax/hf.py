@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import jax
@@ -32,6 +33,10 @@ from mom_jax.weights import Weights, cut, shapes_of, to_model, weights_of
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD, SHARDS = "model-{:05}-of-{:05}.safetensors", "model-?????-of-?????.safetensors"
 ASIDE = ".saving-"
+KINDS = (
+    "a training run has checkpoints/, an inference checkpoint weights/ and config.json, a Hugging Face model config.json "
+    "with a model_type and model.safetensors"
+)
 TYPES = {"float32": "F32", "bfloat16": "BF16"}  # safetensors' names
 
 
@@ -194,9 +199,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no directory {directory}; models are read from disk, never downloaded")
     if not path.exists() and any(directory.glob(f"{ASIDE}*")):
         raise FileNotFoundError(f"{path} is missing: a save was interrupted, whose other files are in {directory}/{ASIDE}*")
-    if not path.exists():
-        raise FileNotFoundError(f"{directory} holds no model: it has neither {CONFIG} nor a training run's checkpoints/")
-    return read_json(path)
+    config = read_json(path) if path.exists() else {}
+    if not path.exists() or "model" in config:  # a table that only our own files have
+        found = shorten(", ".join(sorted(file.name for file in directory.iterdir())), 200) or "nothing"
+        raise FileNotFoundError(f"{directory} holds no model: it has {found}; {KINDS}")
+    return config
 
 
 def _open_tensors(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:

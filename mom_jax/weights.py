@@ -109,9 +109,9 @@ def cut(sizes: dict[str, int], limit: float) -> list[list[str]]:
     return groups
 
 
-def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of dictionaries by dotted path."""
-    leaves = jax.tree.leaves_with_path(tree)
+def by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by dotted path."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 

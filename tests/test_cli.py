@@ -4,7 +4,11 @@ import ast
 import inspect
 import json
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import pytest
 
@@ -173,6 +177,29 @@ def test_errors_of_the_program_name_the_flag(name, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="1"):
         run(Experiment, main)
     assert capsys.readouterr().err == "program.py: error: --train.steps = 1 is not allowed: it must be 2\n"
+
+
+PRINTS_TWICE = """
+import sys
+from experiments.cli import run
+from mom_jax.config import MeshConfig
+
+def main(_):
+    print("first", flush=True)
+    sys.stdin.read()
+    print("second")
+
+run(MeshConfig, main)
+"""
+
+
+def test_a_program_whose_reader_has_gone_ends_silently():
+    command, pipe = [sys.executable, "-c", PRINTS_TWICE], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert (process.wait(), process.stderr.read()) == (128 + signal.SIGPIPE, "")
 
 
 def test_two_presets_are_refused(write, capsys):

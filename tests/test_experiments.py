@@ -16,14 +16,13 @@ import time
 from functools import cache
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from mom_jax import load_pretrained, load_run
-from mom_jax.checkpoint import load_params
 from mom_jax.reports import read_metrics
 from mom_jax.token_files import ByteTokenizer, TokenFileWriter
+from mom_jax.weights import weights_of
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -77,7 +76,7 @@ class Workshop:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
             "JAX_NUM_CPU_DEVICES": "1",
         }
-        self.uninterrupted = cache(self.run_undisturbed)
+        self.uninterrupted, self.outputs = cache(self.run_undisturbed), cache(self.run_script)
 
     def train(self, name: str, output: Path, *flags: str) -> list[str]:
         """The command that trains by the file ``name``.json."""
@@ -98,6 +97,13 @@ class Workshop:
     def run_undisturbed(self, name: str) -> Path:
         output = self.directory / f"{name}_undisturbed"
         self.run(self.train(name, output))
+        return output
+
+    def run_script(self, script: str) -> Path:
+        """Runs an experiment with its flags of ``SCRIPTS``."""
+        output = self.directory / script
+        output.mkdir()
+        self.run(self.command(script, *SCRIPTS[script][0](self, output)))
         return output
 
 
@@ -214,8 +220,7 @@ def test_text_of_another_tokenizer_is_refused(workshop, tmp_path):
 
 def test_what_is_no_run_is_refused_by_name(workshop, tmp_path):
     stderr = workshop.run(workshop.command("evaluate.py", "--model", str(tmp_path)), status=1).stderr
-    message = f"{tmp_path} holds no model: it has neither config.json nor a training run's checkpoints/"
-    assert stderr.endswith(f"evaluate.py: error: {message}\n")
+    assert stderr.startswith(f"evaluate.py: error: {tmp_path} holds no model: it has nothing; a training run has")
     with pytest.raises(FileNotFoundError, match="is no training run: it has no checkpoints/"):
         load_run(tmp_path)
     golden = ROOT / "tests/data/golden/default"
@@ -247,8 +252,6 @@ def test_a_run_is_loaded_and_evaluated_on_its_own_data(workshop, tmp_path, monke
     output = shutil.copytree(workshop.uninterrupted("windows"), tmp_path / "run")
     run = load_run(output, implementation="reference")
     assert (run.step, run.tokenizer.kind, run.model.config.implementation) == (STEPS, "bytes", "reference")
-    params = load_params(output / "checkpoints")
-    np.testing.assert_array_equal(run.model.embedding[...], params["embedding"])
     by_loss = {loss: step for (step, split), loss in losses(output).items() if split == "valid"}
     assert load_run(output, best=True).step == by_loss[min(by_loss)]
 
@@ -295,9 +298,9 @@ def test_a_run_that_diverges_names_the_step_and_keeps_the_last_good_checkpoint(w
     broken, _, kept = re.fullmatch(message, stderr.splitlines()[-1]).groups()
     assert int(kept) == int(broken) - 1 > 0
     assert "Traceback" not in stderr
-    params = load_params(tmp_path / "checkpoints")
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1] == kept
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    run = load_run(tmp_path)
+    assert run.step == int(kept)
+    assert all(np.isfinite(x).all() for x in weights_of(run.model).shapes.values())
 
 
 # Every experiment
@@ -322,7 +325,7 @@ SCRIPTS = {
     "train_mqar.py": (
         lambda workshop, output: [
             *TINY, "--model.vocab-size", "32", "--train.steps", "20", "--train.warmup-steps", "2", "--sequence-length", "16",
-            "--pairs", "2", "4", "--batch-size", "4", "--test-rows", "4", "--output", str(output),
+            "--pairs", "2", "4", "--train-rows", "8", "--batch-size", "4", "--test-rows", "4", "--output", str(output),
         ],
         ["config.json", "results.json"],
     ),
@@ -402,26 +405,22 @@ def test_every_experiment_is_in_the_table():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_experiments_run_two_steps(workshop, tmp_path, script):
-    flags, files = SCRIPTS[script]
-    workshop.run(workshop.command(script, *flags(workshop, tmp_path)))
-    assert [pattern for pattern in files if not list(tmp_path.glob(pattern))] == []
+def test_experiments_run_two_steps(workshop, script):
+    output = workshop.outputs(script)
+    assert [pattern for pattern in SCRIPTS[script][1] if not list(output.glob(pattern))] == []
 
 
-def test_an_interrupted_comparison_is_finished(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_comparison_is_finished(workshop, tmp_path):
     """An arm that the output already holds is not trained again; results of other settings are refused."""
-    flags = [*SCRIPTS["train_mqar.py"][0](None, tmp_path), "--train-rows", "8"]
-    monkeypatch.setattr(sys, "argv", ["train_mqar.py", *flags])
-    runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
-    results = json.loads((tmp_path / "results.json").read_text())
-    marked = {"mom": results["mom"] | {"parameters": -1}}
-    (tmp_path / "results.json").write_text(json.dumps(marked))
-    runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
-    assert json.loads((tmp_path / "results.json").read_text()) == results | marked
-    monkeypatch.setattr(sys, "argv", ["train_mqar.py", *flags, "--seeds", "2"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(EXPERIMENTS / "train_mqar.py"), run_name="__main__")
-    assert "it holds results of other settings" in capsys.readouterr().err
+    path = shutil.copytree(workshop.outputs("train_mqar.py"), tmp_path / "mqar") / "results.json"
+    command = workshop.command("train_mqar.py", *SCRIPTS["train_mqar.py"][0](workshop, path.parent))
+    results = json.loads(path.read_text())
+    marked = {name: results[name] | {"parameters": -1} for name in ("mom", "equal parameters")}
+    path.write_text(json.dumps(marked))
+    workshop.run(command)
+    assert json.loads(path.read_text()) == results | marked
+    stderr = workshop.run([*command, "--seeds", "2"], status=1).stderr
+    assert "it holds results of other settings" in stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

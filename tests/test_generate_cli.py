@@ -188,7 +188,7 @@ def test_an_output_of_something_else_is_refused(call, tmp_path):
         (["--sampling.top-p", "0"], 2, "--sampling.top-p = 0.0 is not allowed: it must be above 0 and at most 1"),
         (["--prompt", "a", "--sampling.top-k", "999"], 1, "--sampling.top-k = 999 is not allowed: None, or from 1 to"),
         (["--prompt", "a", "--stop", "999"], 1, "a token id in stop_ids = [999] is not allowed"),
-        (["--prompt", "a", "--max-length", "5"], 1, "= (1, 10) is not allowed: together at most max_length = 5"),
+        (["--prompt", "a", "--max-length", "5"], 1, "error: --max-length = 5 is not allowed: it must be at least 11"),
         (["--prompt-file", "missing.txt"], 1, "No such file or directory: 'missing.txt'"),
         (["--model", "missing", "--prompt", "a"], 1, "there is no directory missing"),
     ],

@@ -336,6 +336,17 @@ def test_every_damaged_or_missing_file_is_named(kind, exported, tmp_path):
             open_source(directory)
 
 
+@pytest.mark.parametrize("kind, weights", [("run", "checkpoints"), ("orbax", "weights")])
+def test_a_directory_of_ours_without_its_weights_is_no_hugging_face_model(kind, weights, exported, tmp_path):
+    directory = shutil.copytree(exported[0] / kind, tmp_path / kind)
+    shutil.rmtree(directory / weights)
+    if kind == "run":
+        (directory / "config.json").write_text(json.dumps({"model": to_dict(small())}))
+    message = f"{directory} holds no model: it has .*config.json, .*tokenizer; a training run has checkpoints/, an inference"
+    with pytest.raises(FileNotFoundError, match=message):
+        mom_jax.load(directory)
+
+
 @pytest.mark.parametrize(
     "module, broken",
     [
