@@ -1,7 +1,7 @@
 """Few rows times a large matrix of a stack: what decoding spends its time with, bound by reading the matrices.
 
-A program has some columns of one matrix, and reads each element once, from the stack where the matrix lies; XLA would copy it
-out first. Several rows are multiplied on the tensor cores; a row alone by sums, for which all of a program's loads are under
+A program has some columns of one matrix, and reads each element once, from the stack where the matrix lies; XLA would first
+copy it. Several rows are multiplied on the tensor cores; a row alone by sums, for which all of a program's loads are under
 way at once, and which leave time for the norm or the gate before the product in the same kernel.
 """
 
