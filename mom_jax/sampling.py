@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mom_jax.config import require
@@ -90,36 +89,22 @@ def next_token(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # The maximum becomes 0, so that no temperature, however small, leads to infinity less infinity.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / options.temperature
-    logits = jnp.where(is_kept(logits, options), logits, -jnp.inf)
+    logits = jnp.where(logits < _least_kept(logits, options)[:, None], -jnp.inf, logits)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def is_kept(logits: Float[Array, "B O"], options: Options) -> Bool[Array, "B O"]:
-    """Whether the filters keep a token; the largest logit of every row is 0."""
-    kept = jnp.ones(logits.shape, bool)
-    # The distance from 0 as its bits: integers in the same order.
-    ranks = lax.bitcast_convert_type(jnp.abs(logits), jnp.int32)
+def _least_kept(logits: Float[Array, "B O"], options: Options) -> Float[Array, "B"]:
+    """The smallest logit that the filters keep, the largest logit being 0: one sort, and only where it is needed."""
+    least = jnp.full(logits.shape[0], -jnp.inf)
+    if options.top_k is not None or options.top_p is not None:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
     if options.top_k is not None:
-        kept = ranks <= _rank_that_reaches(options.top_k, ranks, jnp.ones(ranks.shape, jnp.int32))
+        least = jnp.take(ordered, options.top_k - 1, axis=-1)
+        ordered = jnp.where(ordered < least[:, None], -jnp.inf, ordered)
     if options.top_p is not None:
-        probability = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
-        kept &= ranks <= _rank_that_reaches(options.top_p, ranks, probability)
+        probability = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability  # of all more probable tokens together
+        least = jnp.maximum(least, jnp.min(jnp.where(before < options.top_p, ordered, jnp.inf), axis=-1))
     if options.min_p is not None:
-        kept &= logits >= jnp.log(options.min_p)
-    return kept
-
-
-def _rank_that_reaches(
-    target: Any, ranks: Int[Array, "B O"], weights: Float[Array, "B O"] | Int[Array, "B O"]
-) -> Int[Array, "B 1"]:
-    """The least rank that, with all below it, has ``target`` of the weights; the largest int32 if all together have not.
-
-    Found bit by bit from the highest, without a sort: 31 sums over the vocabulary.
-    """
-
-    def set_bit(n, rank):
-        larger = rank | (1 << 30) >> n
-        below = jnp.sum(jnp.where(ranks < larger, weights, 0), axis=-1, keepdims=True)
-        return jnp.where(below < target, larger, rank)
-
-    return lax.fori_loop(0, 31, set_bit, jnp.zeros((len(ranks), 1), jnp.int32))
+        least = jnp.maximum(least, jnp.log(options.min_p))
+    return least
