@@ -151,21 +151,22 @@ def failures(found: dict) -> list[str]:
 def main(config: CheckLongContext) -> dict:
     prompt = np.random.default_rng(config.seed).integers(0, config.model.vocab_size, config.tokens, dtype=np.int32)
     found = check_memory(config, prompt)  # first, since nothing takes back the most that was held
-    found["state"] = check_state(config, prompt[: config.compare])
-    failed = failures(found)
-    figures = device_figures(Timing()) | {"settings": dataclasses.asdict(config), "failures": failed} | found
     speed = f"{found['prefill_tokens_per_second']:,.0f} tokens/s, then {found['decoding_ms']:.2f} ms a token"
     notes = [f"- {config.tokens:,} tokens: {speed}"]
     for when, sizes in found["memory"].items():
         held = ", at most ".join(f"{size / 2**30:.3f} GiB" for size in sizes.values()) or "not measured"
         notes.append(f"- memory after {when}: {held}")
-    notes += [f"- failed: {failure}" for failure in failed] or ["- all within the limits"]
+    print("\n".join(notes), flush=True)
+    found["state"] = check_state(config, prompt[: config.compare])
+    failed = failures(found)
+    figures = device_figures(Timing()) | {"settings": dataclasses.asdict(config), "failures": failed} | found
+    verdict = [f"- failed: {failure}" for failure in failed] or ["- all within the limits"]
     columns = ("layer", *(f"{name}: {what}" for name in found["state"] for what in ("error", "other choices")))
     cells = zip(*(way[what] for way in found["state"].values() for what in ("error", "other_choices")), strict=True)
     texts = ([f"{x:.1e}" if isinstance(x, float) else f"{x:,}" for x in row] for row in cells)
     lines = [f"| {layer} | {' | '.join(row)} |" for layer, row in enumerate(texts)]
-    write_report(config.output, "long_context", figures, columns, lines, [*notes, ""])
-    print("\n".join(notes))
+    write_report(config.output, "long_context", figures, columns, lines, [*notes, *verdict, ""])
+    print("\n".join(lines + verdict))
     if failed:
         raise ValueError("; ".join(failed))
     return figures
