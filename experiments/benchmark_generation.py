@@ -9,7 +9,7 @@ prompts are random; each is given twice, and the second time counts. Decoding is
 greedy: --tokens tokens, after as many that do not count. The floor is the time in which the device copies as many bytes, at
 the rate measured in the same run:
 
-    bytes a step = all weights but the embedding + 2 rows (R + shared) L (states, float32, read and written)
+    bytes a step = all weights but the embedding, of the memories at most rows R + 2 rows (R + shared) L (states, float32)
                    + the caches of attention layers, which hold the prompt and twice --tokens, no more
 
 The memory is that of the compiled decoding loop: weights, state and temporaries, not what the prompt took. Where a preset
@@ -34,7 +34,9 @@ from mom_jax.attention import AttentionState
 from mom_jax.config import PRESETS, ModelConfig, require
 from mom_jax.generation import empty_state, inference_model, prefill
 from mom_jax.model import ModelState, MoMLanguageModel, bind, init_params
+from mom_jax.sharding import leaf_name
 
+OF_MEMORIES = ("w_k", "w_v", "w_a", "w_b")
 COLUMNS = ("work", "prefill, tokens/s", "decoding, ms a token", "tokens/s", "% of floor", "GiB of state", "GiB in all")
 
 
@@ -68,9 +70,16 @@ def parse(work: str) -> tuple[str, int, int]:
 
 def step_bytes(config: ModelConfig, params, state: ModelState) -> float:
     """What a step of decoding has to read and write: weights and caches, and the states of the chosen memories twice."""
-    weights = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embedding"].nbytes * (not config.tie_embeddings)
+    rows = state.document.size
+    used = min(config.num_memories, rows * config.top_k) / config.num_memories
+
+    def size(path, x):
+        name = leaf_name(path)
+        return x.nbytes * (used if name in OF_MEMORIES else config.tie_embeddings if name == "embedding" else 1)
+
+    weights = sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, params)))
     caches = sum(layers.k.nbytes + layers.v.nbytes for layers in state.layers if isinstance(layers, AttentionState))
-    rows, mom_layers = state.document.size, config.num_layers - len(config.attention.layers)
+    mom_layers = config.num_layers - len(config.attention.layers)
     states = mom_layers * (config.top_k + config.shared_memory) * config.num_heads
     return weights + caches + 2 * rows * states * config.head_dim * config.value_head_dim * 4
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mom_jax.config import ModelConfig
 from mom_jax.layers import Deferred, LayerState, Product, einsum, einsums, normal_param
 from mom_jax.sharding import constrain
-from pallas_kernels.step import with_states
+from pallas_kernels.api import with_states
 
 
 class AttentionState(NamedTuple):

@@ -145,6 +145,7 @@ def einsum(equation: str, x: jax.Array | Deferred, w: jax.Array | LayerWeight, *
     """x w, plus ``residual``, with operands and result in the compute type; products are accumulated in float32."""
     if isinstance(w, LayerWeight):
         return einsums(x, {"": Product(equation, (w,))}, dtype=dtype, residual=residual)[""]
+    x = x.value() if isinstance(x, Deferred) else x
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
     y = jnp.einsum(equation, x.astype(dtype), w.astype(dtype), precision=precision)
     return y if residual is None else residual + y

@@ -7,6 +7,12 @@ from pallas_kernels.dispatch import check, check_widths, choose
 from pallas_kernels.step import Place
 
 
+def _check_shape(op, name, x, expected):
+    """Of an argument that may be None."""
+    if x is not None:
+        check(op, x.shape == expected, f"the shape of {name}", x.shape, f"it must be {expected}")
+
+
 def _check_place(op, place: Place, shape):
     """``shape``: [B, R]."""
     for name, expected in (("index", shape), ("continues", shape), ("active", shape[:1])):
@@ -71,6 +77,7 @@ def short_convolution_step(
       The outputs, of the streams' dtypes, and the pools after the token.
     """
     op = "short_convolution_step"
+    check(op, set(normalized) <= set(streams), "normalized", normalized, f"names of streams: {', '.join(streams)}")
     for name, x in streams.items():
         pool = histories[name].shape
         _check_place(op, place, (x.shape[0], place.index.shape[1]))
@@ -80,9 +87,7 @@ def short_convolution_step(
         check(op, fits, f"the shape of weights of {name}", weights[name].shape, f"[L, W, *{rest}]")
         expected = (pool[0], x.shape[0], pool[2], taps - 1, *rest)
         check(op, pool == expected, f"the shape of histories of {name}", pool, f"it must be {expected}")
-        bias = biases[name]
-        if bias is not None:
-            check(op, bias.shape == (pool[0], *rest), f"the shape of biases of {name}", bias.shape, f"[L, *{rest}]")
+        _check_shape(op, f"biases of {name}", biases[name], (pool[0], *rest))
     arrays = {"streams": streams, "weights": weights, "normalized": normalized}
     run = choose(op, implementation, arrays, interpret)
     return run(streams, weights, biases, histories, place, normalized=normalized)
@@ -115,17 +120,21 @@ def stacked_matmul(
     Returns:
       y [R, M, N] for each group, M that of all its stacks.
     """
-    op = "stacked_matmul"
-    for w in (w for stacks in weights for w in stacks):
-        check(op, w.ndim == 4 and x.shape[1:] == w.shape[2:3], "the shape of w", w.shape, f"[L, M, D = {x.shape[1]}, N]")
-        check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
+    op, (rows, depth), layers = "stacked_matmul", x.shape, weights[0][0].shape[0]
+    for stacks in weights:
+        for w in stacks:
+            allowed = f"[L = {layers}, M, D = {depth}, N = {stacks[0].shape[-1]}]"
+            fits = w.ndim == 4 and (w.shape[0], *w.shape[2:]) == (layers, depth, stacks[0].shape[-1])
+            check(op, fits, "the shape of w", w.shape, allowed)
+            check(op, x.dtype == w.dtype, "the dtype of w", w.dtype, f"that of x, {x.dtype}")
         if residual is not None:
-            expected = (x.shape[0], w.shape[3])
-            check(op, residual.shape == expected, "the shape of residual", residual.shape, f"it must be {expected}")
-    if gate is not None:
-        check(op, gate.shape == x.shape, "the shape of gate", gate.shape, f"that of x, {x.shape}")
-    run = choose(op, implementation, {"x": x, "weights": weights}, interpret)
+            _check_shape(op, "residual", residual, (rows, stacks[0].shape[3]))
+    _check_shape(op, "gate", gate, x.shape)
+    _check_shape(op, "scale", scale, (layers, depth))
+    check(op, chosen is None or len(chosen) == rows, "chosen", chosen is not None and chosen.shape, f"[R = {rows}, any]")
     out_dtypes = (x.dtype,) * len(weights) if out_dtypes is None else out_dtypes
+    check(op, len(out_dtypes) == len(weights), "out_dtypes", out_dtypes, f"one of each of the {len(weights)} groups")
+    run = choose(op, implementation, {"x": x, "weights": weights}, interpret)
     options = {"scale": scale, "eps": eps, "gate": gate, "residual": residual, "chosen": chosen, "out_dtypes": out_dtypes}
     return run(x, weights, layer, **options)
 
@@ -149,9 +158,12 @@ def router_step(
       The memories and their weights [R, top_k + has_shared], and the logits.
     """
     op = "router_step"
-    check(op, weight.shape[1] == x.shape[1], "the shape of weight", weight.shape, f"[L, D = {x.shape[1]}, M]")
-    check(op, 0 < top_k <= weight.shape[2], "top_k", top_k, f"from 1 to M = {weight.shape[2]}")
-    run = choose(op, implementation, {"x": x}, interpret)
+    layers, depth, memories = weight.shape
+    _check_shape(op, "x", x, (len(x), depth))
+    _check_shape(op, "scale", scale, (layers, depth))
+    _check_shape(op, "bias", bias, (layers, memories))
+    check(op, 0 < top_k <= memories, "top_k", top_k, f"from 1 to M = {memories}")
+    run = choose(op, implementation, {"weight": weight}, interpret)
     return run(x, scale, weight, bias, layer, eps=eps, top_k=top_k, has_shared=has_shared)
 
 
@@ -167,5 +179,9 @@ def combine_step(
     interpret: bool = False,
 ) -> Float[Array, "B H V"]:
     """rms_norm(sum over r of weights_r o_r, scale[layer], eps) * silu(gate), of o's dtype; ``gate`` None: no gate."""
-    run = choose("combine_step", implementation, {"o": o}, interpret)
+    op, (batch, chosen, heads, width) = "combine_step", o.shape
+    _check_shape(op, "weights", weights, (batch, chosen))
+    _check_shape(op, "gate", gate, (batch, heads, width))
+    _check_shape(op, "scale", scale, (scale.shape[0], width))
+    run = choose(op, implementation, {"o": o}, interpret)
     return run(o, weights, gate, scale, layer, eps=eps)

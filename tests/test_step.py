@@ -182,40 +182,87 @@ def test_what_stands_around_a_product(rng, implementation, rows, dtype):
     expected = np.einsum("rd,mdn->rmn", gated * x64, w64[1])
     assert_close(run(gate=gate), expected, LIMITS[dtype])
     assert_close(run(gate=gate, residual=residual), expected + residual64[:, None], LIMITS[dtype])
+    both = np.einsum("rd,mdn->rmn", gated * normed, w64[1])
+    assert_close(run(gate=gate, scale=scale, eps=1e-5), both, LIMITS[dtype])
     wanted = jnp.tile(jnp.array([[3, 1]], jnp.int32), (rows, 1)).at[0, 1].set(0 if rows > 1 else 1)
     places = sorted(set(np.asarray(wanted).flat))
-    assert_close(run(gate=gate, chosen=wanted)[:, places], expected[:, places], LIMITS[dtype])
+    found = run(gate=gate, chosen=wanted)
+    assert_close(found[:, places], expected[:, places], LIMITS[dtype])
+    others = sorted({0, 1, 2, 3} - set(places))
+    assert others and (implementation == "plain" or not found[:, others].any())
+
+
+KERNELS = ["interpreted", pytest.param("triton", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "memories, top_k, has_shared, with_bias", [(4, 2, True, False), (5, 3, False, True), (1, 1, False, False)]
+    "memories, top_k, has_shared, with_bias, depth",
+    [(4, 2, True, False, 80), (5, 3, False, True, 80), (1, 1, False, False, 32), (16, 4, True, True, 768)],
 )
-@pytest.mark.parametrize("implementation", ["interpreted", pytest.param("triton", marks=pytest.mark.gpu)])
-def test_router_step(rng, implementation, memories, top_k, has_shared, with_bias, dtype):
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_router_step(rng, implementation, memories, top_k, has_shared, with_bias, depth, dtype):
     """As plain JAX, equal logits (two alike columns, a row of zeros) included, of which the first are chosen."""
-    x, scale, weight = draw(rng, 7, 80, dtype=dtype).at[3].set(0), draw(rng, 2, 80), draw(rng, 2, 80, memories)
-    weight = weight.at[:, :, memories // 2].set(weight[:, :, 0])
+    x, scale, weight = draw(rng, 7, depth, dtype=dtype).at[3].set(0), draw(rng, 2, depth), draw(rng, 2, depth, memories)
+    weight = 0.1 * weight.at[:, :, memories // 2].set(weight[:, :, 0])
     bias = draw(rng, 2, memories) if with_bias else None
     settings = {"eps": 1e-5, "top_k": top_k, "has_shared": has_shared}
-    found, expected = (
-        api.router_step(x, scale, weight, bias, jnp.int32(1), **settings, **IMPLEMENTATIONS[name])
-        for name in (implementation, "plain")
-    )
-    np.testing.assert_array_equal(found[0], expected[0])
-    assert_close(found[1:], expected[1:], LIMITS["float32"])
-    np.testing.assert_array_equal(found[0][3, :top_k], np.argsort(-bias[1])[:top_k] if with_bias else np.arange(top_k))
+
+    def run(name):
+        options = settings | IMPLEMENTATIONS[name]
+        call = partial(api.router_step, bias=bias, layer=jnp.int32(1), **options)
+        found, pull = jax.vjp(lambda *arrays: call(*arrays)[1:], x, scale, weight)
+        return call(x, scale, weight)[0], found, pull(jax.tree.map(jnp.cos, found))
+
+    (memories, *found), (expected_memories, *expected) = run(implementation), run("plain")
+    np.testing.assert_array_equal(memories, expected_memories)
+    assert_close(found, expected, LIMITS[dtype])
+    np.testing.assert_array_equal(memories[3, :top_k], np.argsort(-bias[1])[:top_k] if with_bias else np.arange(top_k))
+
+
+@pytest.mark.parametrize("spoilt", ["weight", "bias"])
+@pytest.mark.parametrize("implementation", PARAMS)
+def test_a_router_gone_wrong_still_chooses_different_memories(rng, implementation, spoilt):
+    """NaN weights, or biases of -inf: states are written in place, and no two programs may write one."""
+    weight = jnp.full((1, 32, 4), jnp.nan) if spoilt == "weight" else draw(rng, 1, 32, 4)
+    bias = jnp.full((1, 4), -jnp.inf) if spoilt == "bias" else None
+    memories = api.router_step(
+        draw(rng, 2, 32), jnp.ones((1, 32)), weight, bias, jnp.int32(0), eps=1e-5, top_k=3, has_shared=True,
+        **IMPLEMENTATIONS[implementation],
+    )[0]  # fmt: skip
+    assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) == 4 for row in np.asarray(memories).tolist())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("with_gate", [False, True])
-@pytest.mark.parametrize("implementation", ["interpreted", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_combine_step(rng, implementation, with_gate, dtype):
     o, gate = draw(rng, 4, 3, 2, 48, dtype=dtype), draw(rng, 4, 2, 48, dtype=dtype) if with_gate else None
-    arguments = o, jax.nn.softmax(draw(rng, 4, 3)), gate, draw(rng, 2, 48), jnp.int32(1)
-    found, expected = (api.combine_step(*arguments, eps=1e-5, **IMPLEMENTATIONS[name]) for name in (implementation, "plain"))
-    assert found.dtype == dtype
+    arguments = o, jax.nn.softmax(draw(rng, 4, 3)), gate, draw(rng, 2, 48)
+
+    def run(name):
+        call = partial(api.combine_step, layer=jnp.int32(1), eps=1e-5, **IMPLEMENTATIONS[name])
+        found, pull = jax.vjp(call, *arguments)
+        return found, pull(jnp.cos(found))
+
+    found, expected = run(implementation), run("plain")
+    assert found[0].dtype == dtype
     assert_close(found, expected, LIMITS[dtype])
+
+
+def test_products_that_do_not_fit_are_refused_by_name(rng, unchecked_shapes):
+    x, w, layer = draw(rng, 1, 32), draw(rng, 2, 1, 32, 16), jnp.int32(0)
+    with pytest.raises(ValueError, match="stacked_matmul: the shape of w .*N = 16"):
+        api.stacked_matmul(x, ((w, draw(rng, 2, 1, 32, 48)),), layer)
+    with pytest.raises(ValueError, match=r"stacked_matmul: the shape of w .*\[L = 2"):
+        api.stacked_matmul(x, ((w,), (w[:1],)), layer)
+    with pytest.raises(ValueError, match="stacked_matmul: the shape of scale"):
+        api.stacked_matmul(x, ((w,),), layer, scale=jnp.ones((2, 16)))
+    with pytest.raises(ValueError, match="router_step: the shape of bias"):
+        arrays = x, jnp.ones((2, 32)), draw(rng, 2, 32, 4), jnp.ones((2, 3)), layer
+        api.router_step(*arrays, eps=1e-5, top_k=2, has_shared=True)
+    with pytest.raises(ValueError, match="combine_step: the shape of weights"):
+        api.combine_step(draw(rng, 1, 3, 2, 16), jnp.ones((1, 2)), None, jnp.ones((2, 16)), layer, eps=1e-5)
 
 
 def test_many_rows_are_left_to_xla(rng):

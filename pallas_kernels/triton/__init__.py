@@ -55,6 +55,8 @@ def _shape_reason(op: str, arrays: dict) -> str | None:
             return f"N is {ragged[0]}; for several rows it must be a multiple of 16, or at most 64"
         if arrays["x"].shape[0] > MOST_ROWS:
             return f"x has {arrays['x'].shape[0]} rows; from {MOST_ROWS + 1} on it would be slower than XLA's products"
+    if op == "router_step" and arrays["weight"].shape[2] > 1024:
+        return f"M is {arrays['weight'].shape[2]}; it must be at most 1024"
     if op == "short_convolution" and arrays["normalize"] and arrays["x"].shape[-1] & (arrays["x"].shape[-1] - 1):
         return f"K is {arrays['x'].shape[-1]}; with normalize it must be a power of two"
     if op == "short_convolution_step":

@@ -42,13 +42,16 @@ class Operands(NamedTuple):
     residual: jax.Array | None
     chosen: jax.Array | None
 
-    def load_x(self, at) -> tuple[jax.Array, jax.Array | None]:
-        """A piece of the only row as it is multiplied but for the norm's division, which comes last; and its squares."""
+    def load_x(self, at) -> tuple[jax.Array, jax.Array]:
+        """A piece of the only row as it is multiplied but for the norm's division, which comes last; and x's squares."""
         x = self.x[0, at].astype(jnp.float32)
+        squares = x * x
+        if self.scale is not None:
+            x *= self.scale[self.layer[()], at].astype(jnp.float32)
         if self.gate is not None:
             gate = self.gate[0, at].astype(jnp.float32)
             x *= gate * jax.nn.sigmoid(gate)
-        return (x if self.scale is None else x * self.scale[self.layer[()], at].astype(jnp.float32)), x * x
+        return x, squares
 
     def is_wanted(self, matrix) -> jax.Array:
         rows, count = self.chosen.shape

@@ -121,7 +121,8 @@ def _router_kernel(operands, memories_ref, weights_ref, logits_ref, *, eps, top_
     is_lane = lane < count
 
     def part(start):
-        at, mask = pl.ds(start, tile), start + lax.iota(jnp.int32, tile) < depth
+        at = start + lax.iota(jnp.int32, tile)
+        mask = at < depth
         return at, mask, plgpu.load(x_ref.at[row, at], mask=mask, other=0).astype(jnp.float32)
 
     squares = sum(jnp.sum(x * x) for _, _, x in map(part, range(0, depth, tile)))
@@ -130,7 +131,7 @@ def _router_kernel(operands, memories_ref, weights_ref, logits_ref, *, eps, top_
         scale = plgpu.load(scale_ref.at[layer, at], mask=mask, other=0)
         x = (x * factor * scale).astype(x_ref.dtype).astype(jnp.float32)
         both = mask[:, None] & is_lane[None, :]
-        w = plgpu.load(w_ref.at[layer, at, pl.ds(0, lane.size)], mask=both, other=0)
+        w = plgpu.load(w_ref.at[layer, at[:, None], lane[None, :]], mask=both, other=0)
         logits += jnp.sum(x[:, None] * w, axis=0)
     plgpu.store(logits_ref.at[row, pl.ds(0, lane.size)], logits, mask=is_lane)
 
@@ -138,11 +139,14 @@ def _router_kernel(operands, memories_ref, weights_ref, logits_ref, *, eps, top_
     rest = exponentials / jnp.sum(exponentials)
     if bias_ref is not None:
         rest += plgpu.load(bias_ref.at[layer, pl.ds(0, lane.size)], mask=is_lane, other=0)
-    rest, chosen = jnp.where(is_lane, rest, -jnp.inf), []
+    is_free, chosen = is_lane, []
     for r in range(top_k):
-        best = jnp.min(jnp.where(rest == jnp.max(rest), lane, count - 1))  # in range also if all are NaN
+        is_best = is_free & (rest == jnp.max(jnp.where(is_free, rest, -jnp.inf)))
+        best = jnp.min(jnp.where(is_best, lane, count))
+        # None is the best of NaNs; the memories of a row are different ones even then, for states are written in place.
+        best = jnp.where(best < count, best, jnp.min(jnp.where(is_free, lane, count)))
         chosen.append(jnp.sum(jnp.where(lane == best, logits, 0)))
-        rest = jnp.where(lane == best, -jnp.inf, rest)
+        is_free &= lane != best
         memories_ref[row, r] = best
     chosen = [jnp.exp(logit - functools.reduce(jnp.maximum, chosen)) for logit in chosen]
     for r, weight in enumerate(chosen):
