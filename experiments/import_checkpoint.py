@@ -23,7 +23,7 @@ class Import:
     """What to write where."""
 
     input: str
-    """Hugging Face directory."""
+    """Hugging Face directory; a training run or an inference checkpoint is taken, too, as by export_checkpoint.py."""
     output: str
     """Directory to make."""
     dtype: Literal["float32", "bfloat16"] | None = None
