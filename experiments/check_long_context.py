@@ -61,7 +61,7 @@ class CheckLongContext:
         for name in ("compare", "control", "new_tokens"):
             require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
         longest = max(PIECES[0], self.control)
-        require(self.compare > longest, "compare", self.compare, f"it must be more than a piece, {longest}, or is not cut")
+        require(self.compare > longest, "compare", self.compare, f"it must be more than a piece, {longest}, to be cut")
         require(self.tokens > self.compare, "tokens", self.tokens, f"it must be more than compare = {self.compare}")
         layers = self.model.attention.layers
         require(not layers, "AttentionConfig.layers", layers, "the states that are compared are those of memories")
