@@ -160,7 +160,7 @@ def format_row(row: dict) -> str:
     rate = row["prefill_tokens_per_second"]
     prefill_rate = "-" if rate is None else f"{rate:,.0f}"
     rates = f"{prefill_rate} | {row['ms']:.2f} | {row['tokens_per_second']:,.0f}"
-    return f"| {row['work']} | {rates} | {row['percent_of_floor']:.0f} | {row['state_gib']:.2f} | {row['gib']:.2f} |"
+    return f"| {row['work']} | {rates} | {row['percent_of_floor']:.0f} | {row['state_gib']:.3g} | {row['gib']:.3g} |"
 
 
 if __name__ == "__main__":

@@ -172,6 +172,8 @@ def _read(path: str, cls: type) -> tuple[dict[str, Any], str | None]:
             preset = values.pop("preset", None)
             require(preset in (None, *PRESETS), "preset", preset, f"choose one of {', '.join(PRESETS)}")
         return checked_values(cls, values), preset
+    except OSError as error:
+        require(False, "--config", path, f"it must be a file of settings ({error.strerror})")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

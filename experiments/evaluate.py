@@ -5,10 +5,10 @@
 
 --model is a directory that train_lm.py, export_checkpoint.py or import_checkpoint.py wrote, or one in the official Hugging
 Face layout (config.json and safetensors). A run is evaluated on its own data, in rows of its own length, unless the data
-flags say otherwise; everything else needs --data.path. Text that another tokenizer encoded is refused for a run and its
-inference checkpoint; for a Hugging Face model this is not known: encode the text with its tokenizer (prepare_text.py
---tokenizer FILE). Prints a table and, with --output, writes the same as JSON. The held-out file of data/shakespeare takes
-about a minute on two cores.
+flags say otherwise; everything else needs --data.path, and for a run's figures that run's --data.sequence-length. Text that
+another tokenizer encoded is refused for a run and its inference checkpoint; for a Hugging Face model this is not known:
+encode the text with its tokenizer (prepare_text.py --tokenizer FILE). Prints a table and, with --output, writes the same as
+JSON. The held-out file of data/shakespeare takes about a minute on two cores.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class EvaluationData:
     path: str | None = None
     """Directory that experiments/prepare_text.py wrote; what is no run needs one."""
     sequence_length: int | None = None
-    """T, tokens in a row."""
+    """T, tokens in a row; of an export give the run's, which it does not keep."""
     batch_size: int | None = None
     """Rows at a time."""
     packing: bool | None = None
@@ -121,8 +121,8 @@ def main(config: Evaluate) -> dict:
         "perplexity": math.exp(min(loss, 700)),
         "bits_per_byte": loss / math.log(2) * description.num_tokens / description.num_bytes, "by_position": [],
     }  # fmt: skip
-    print(f"{token_file.path}: {figures['tokens']:,} tokens in rows of {length}")
-    print(f"perplexity {figures['perplexity']:.3f}   bits per byte {figures['bits_per_byte']:.4f}")
+    print(f"{token_file.path}: {figures['tokens']:,} tokens")
+    print(f"perplexity {figures['perplexity']:.3f}   bits per byte {figures['bits_per_byte']:.4f}   in rows of {length}")
     print("\npositions      perplexity")
     for group in np.array_split(np.arange(length), groups):
         if counts[group].sum() == 0:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from cli import run
 
+from mom_jax.config import require
 from mom_jax.interchange import open_source, to_hugging_face, to_inference_checkpoint
 
 
@@ -42,6 +43,10 @@ class Export:
     """Of a Hugging Face directory: size above which the tensors are spread over several files."""
     overwrite: bool = False
     """Whether to replace an earlier export or import in --output; other files are never removed."""
+
+    def __post_init__(self):
+        is_used = self.model_type is None or self.format == "huggingface"
+        require(is_used, "model_type", self.model_type, "it needs --format huggingface")
 
 
 def main(config: Export) -> None:

@@ -6,9 +6,10 @@
 
 --model is a directory that train_lm.py, export_checkpoint.py or import_checkpoint.py wrote, or one in the official Hugging
 Face layout with its tokenizer.json. Without --prompt, --prompt-file and --batch-file the prompt is read from the standard
-input. A batch file has a prompt in each line, or, if its name ends in .jsonl, {"prompt": ...}; each line of the output is
-{"index", "prompt", "text", "ids", "ended"}, the index being the line's number from 0, in no certain order. The same command
-continues an output that was interrupted: what is in it is not generated again.
+input; an empty prompt begins a new document, so the text is unprompted. A batch file has a prompt in each line, or, if its
+name ends in .jsonl, {"prompt": ...}; each line of the output is {"index", "prompt", "text", "ids", "ended"}, the index being
+the line's number from 0, in no certain order. The same command continues an output that was interrupted: what is in it is
+not generated again.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ class Generate:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute type; None: the model's own."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Text to continue; may be given several times."""
+    """Text to continue; may be given several times. An empty one: a new document, unprompted."""
     prompt_file: str | None = None
     """UTF-8 file to continue; a line end at its end is left out."""
     echo: bool = True
@@ -67,7 +68,7 @@ class Generate:
     seed: int = 0
     """Seed of the first prompt; prompt i has seed + i."""
     stop: tuple[int, ...] = ()
-    """Token ids that end a continuation."""
+    """Token ids, not text, that end a continuation; the one that does is left out of the ids returned."""
     stop_at_eos: bool = True
     """Whether the tokenizer's id that ends a document also ends a continuation."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -110,7 +111,7 @@ def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None], hea
 def stream(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
     prompts = list(config.prompt)
     if not prompts:
-        prompts = [read_text(config.prompt_file).removesuffix("\n")]
+        prompts = [read_text(config.prompt_file, "prompt_file").removesuffix("\n")]
 
     def write(text):
         print(text, end="", flush=True)
@@ -124,19 +125,21 @@ def stream(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, sett
         write("\n")
 
 
-def read_text(path: str | Path | None) -> str:
-    """The text in a file, or of the standard input; ``ValueError`` naming it if it is no UTF-8."""
+def read_text(path: str | None, flag: str) -> str:
+    """The text in the file at ``path``, which ``flag`` gave, or of the standard input; ``ValueError`` if there is none."""
     try:
         text = sys.stdin.read() if path is None else Path(path).read_text(encoding="utf-8")
         text.encode()  # Python may have read the standard input without a complaint
         return text
+    except OSError as error:
+        require(False, flag, path, f"it must be a text file ({error.strerror})")
     except UnicodeError as error:
         raise ValueError(f"{path or 'the standard input'} is no UTF-8 text: {error.reason} at {error.start}") from None
 
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a batch file; ``ValueError`` naming the line that has none."""
-    text = read_text(path)
+    text = read_text(str(path), "batch_file")
     require(text != "", "batch_file", str(path), "it must have at least one line")
     lines = text.removesuffix("\n").split("\n")
     if path.suffix != ".jsonl":

@@ -2,7 +2,7 @@
 
     python experiments/import_checkpoint.py --input HUGGING_FACE_DIRECTORY --output imported/model
 
---input is a directory with config.json (model_type mom or gated_deltanet) and safetensors, tied or untied, in float32,
+A Hugging Face --input has config.json (model_type mom or gated_deltanet) and safetensors, tied or untied, in float32,
 bfloat16 or float16 (kept as float32); download it first. A gated_deltanet model becomes one with a single memory. Tokenizer
 files and generation_config.json come along. What the model has and we do not is refused by name: grouped value heads,
 negative eigenvalues, attention biases. export_checkpoint.py writes the same tensors again, to the bit.
@@ -23,7 +23,7 @@ class Import:
     """What to write where."""
 
     input: str
-    """Hugging Face directory."""
+    """Hugging Face directory; a training run or an inference checkpoint is taken, too, as by export_checkpoint.py."""
     output: str
     """Directory to make."""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -59,7 +59,7 @@ def device_figures(timing: Timing) -> dict:
 
 def title(figures: dict) -> str:
     matmul, copy = figures["matmul_flops_per_s"] / 1e12, figures["copy_bytes_per_s"] / 1e12
-    rates = f"matmul {matmul:.0f} TFLOP/s, copy {copy:.2f} TB/s"
+    rates = f"matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} TB/s"
     return f"{figures['device']}, jax {figures['jax']}, {figures['date']}: {rates}"
 
 

@@ -88,7 +88,7 @@ def generate(
       max_length: tokens that attention layers without a window can hold; None: ``model.config.max_length``. Other layers
         have no limit.
       callback: called every ``block`` tokens with the new ids of each row; a stopped row has none.
-      tokenizer: reads prompts and writes ``text``.
+      tokenizer: reads prompts and writes ``text``. Ids that it does not have are never drawn, but for ``stop_ids``.
 
     Raises:
       ValueError: an argument is not allowed; nothing has been computed then.
@@ -113,6 +113,8 @@ def generate(
     seeds = _seeds(seed, len(ids))
 
     params, options = nnx.to_pure_dict(nnx.state(inference_model(model))), sampling.options()
+    if tokenizer is not None and tokenizer.vocab_size < vocab_size:
+        options = options._replace(allowed=is_stop | (np.arange(vocab_size) < tokenizer.vocab_size))
     state, hidden = prefill(config, params, ids, max_length)
     width = vocab_size if options.repetition_penalty is not None else None
     decoding = begin_decoding(state, hidden, ids, max_new_tokens, width)

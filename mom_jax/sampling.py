@@ -23,6 +23,7 @@ class Options(NamedTuple):
     top_p: np.generic | Float[Array, ""] | None = None
     min_p: np.generic | Float[Array, ""] | None = None
     repetition_penalty: np.generic | Float[Array, ""] | None = None
+    allowed: np.ndarray | Bool[Array, "O"] | None = None  # no field of Sampling: the tokens that may be drawn at all
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def next_token(
       keys: each row's own, so that a draw does not depend on the row's place; not looked at without a temperature.
       seen: the tokens that the repetition penalty is for; looked at only with one.
     """
+    if options.allowed is not None:
+        logits = jnp.where(options.allowed, logits, -jnp.inf)
     if options.repetition_penalty is not None:
         penalty = options.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)

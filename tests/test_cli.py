@@ -154,7 +154,8 @@ def test_errors_in_a_file_name_file_field_value_and_what_is_allowed(write, capsy
 
 def test_files_that_cannot_be_read_are_refused(write, tmp_path, capsys):
     missing = str(tmp_path / "missing.json")
-    assert f"No such file or directory: '{missing}'" in error_of(capsys, ["--config", missing])
+    message = f"--config = '{missing}' is not allowed: it must be a file of settings (No such file or directory)"
+    assert message in error_of(capsys, ["--config", missing])
     assert "--config = 'a.yaml' is not allowed: its name must end in .json or .toml" in error_of(
         capsys, ["--config", "a.yaml"]
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mom_jax
 from mom_jax import load_pretrained, load_run
 from mom_jax.reports import read_metrics
 from mom_jax.token_files import ByteTokenizer, TokenFileWriter
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import check_long_context  # noqa: E402
 import evaluate  # noqa: E402
 import export_checkpoint  # noqa: E402
 
@@ -273,7 +275,8 @@ def test_an_export_is_evaluated_as_its_run(workshop, tmp_path, capsys):
         export_checkpoint.main(export_checkpoint.Export(input=str(output), output=exported, format=format))
         figures = evaluate.main(evaluate.Evaluate(model=exported, data=data))
         assert figures["by_position"] == expected["by_position"]
-    assert f"{exported}: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{exported}: " in out and "in rows of 70\n" in out
     other = evaluate.EvaluationData(path=prepared_with(workshop, tmp_path / "other", eos_id=0))
     with pytest.raises(ValueError, match="valid.json: eos_id = 0 is not allowed"):
         evaluate.load(evaluate.Evaluate(model=str(tmp_path / "orbax"), data=other))
@@ -288,6 +291,10 @@ def test_the_examples_of_the_readme_run(workshop, tmp_path, monkeypatch):
     for example in examples:
         exec(example, {})
     assert (tmp_path / "directory/model.safetensors").exists()
+
+
+def test_tab_completion_shows_the_public_names():
+    assert {"load", "generate"} < set(dir(mom_jax)) == set(mom_jax.__all__)
 
 
 def test_a_run_that_diverges_names_the_step_and_keeps_the_last_good_checkpoint(workshop, tmp_path):
@@ -408,6 +415,26 @@ def test_every_experiment_is_in_the_table():
 def test_experiments_run_two_steps(workshop, script):
     output = workshop.outputs(script)
     assert [pattern for pattern in SCRIPTS[script][1] if not list(output.glob(pattern))] == []
+
+
+def test_the_check_of_long_prompts_says_what_it_cannot_see(workshop):
+    text = (workshop.outputs("check_long_context.py") / "long_context.md").read_text()
+    is_silent = "memory after the weights: not measured" in text
+    assert ("all that was measured is within the limits; memory was not measured" in text) == is_silent
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: check_long_context.CheckLongContext(compare=2048), "compare = 2048 .* it must be more than a piece, 2048"),
+        (lambda: check_long_context.CheckLongContext(control=65_536), "compare = 65536 .* more than a piece, 65536"),
+        (lambda: export_checkpoint.Export("a", "b", model_type="mom"), "model_type = 'mom' .* needs --format huggingface"),
+    ],
+    ids=["compare", "control", "model_type"],
+)
+def test_settings_that_would_do_nothing_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_an_interrupted_comparison_is_finished(workshop, tmp_path):

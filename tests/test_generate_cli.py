@@ -189,7 +189,8 @@ def test_an_output_of_something_else_is_refused(call, tmp_path):
         (["--prompt", "a", "--sampling.top-k", "999"], 1, "--sampling.top-k = 999 is not allowed: None, or from 1 to"),
         (["--prompt", "a", "--stop", "999"], 1, "a token id in stop_ids = [999] is not allowed"),
         (["--prompt", "a", "--max-length", "5"], 1, "error: --max-length = 5 is not allowed: it must be at least 11"),
-        (["--prompt-file", "missing.txt"], 1, "No such file or directory: 'missing.txt'"),
+        (["--prompt-file", "a.txt"], 1, "--prompt-file = 'a.txt' is not allowed: it must be a text file (No such file"),
+        (["--batch-file", "a.txt", "--output", "b"], 1, "--batch-file = 'a.txt' is not allowed: it must be a text file (No"),
         (["--model", "missing", "--prompt", "a"], 1, "there is no directory missing"),
     ],
 )

@@ -234,6 +234,25 @@ def test_text_goes_in_and_comes_out(small_pieces):
         assert [row.text for row in by_text] == [tokenizer.decode(row.ids) for row in by_text]
 
 
+def test_ids_that_the_tokenizer_does_not_have_are_drawn_only_to_stop(small_pieces):
+    class Smaller(LetterTokenizer):
+        vocab_size, eos_id = 8, 60
+
+    def call(sampling, **settings):
+        return generate(model_of(config_of()), [[1, 2]] * 9, max_new_tokens=20, sampling=sampling, **settings)
+
+    hot, penalized = Sampling(1e6), Sampling(1e6, top_k=61, repetition_penalty=2.0)
+    assert max(map(max, ids(call(hot)))) > 8
+    for sampling in (hot, penalized, GREEDY):
+        assert max(map(max, ids(call(sampling, tokenizer=Smaller())))) < 8
+    stopped = call(hot, tokenizer=Smaller(), stop_ids=[60])
+    assert {row.ended for row in stopped} == {"stop", "length"} and max(max(row.ids, default=0) for row in stopped) < 8
+    programs = generation.decode._cache_size()
+    Smaller.vocab_size = 5
+    assert max(map(max, ids(call(hot, tokenizer=Smaller())))) < 5
+    assert generation.decode._cache_size() == programs
+
+
 def test_new_text_is_what_the_new_tokens_add():
     assert new_text(PrefixTokenizer(), b"the end", b" of") == " of"
     assert new_text(PrefixTokenizer(), [0], b" of") == "of"
