@@ -1,6 +1,6 @@
 """Does a long prompt in pieces take constant memory, and end in the state of the whole prompt at once?
 
-    python experiments/check_long_context.py --output docs/results/long_context       one NVIDIA GPU, about 4 minutes
+    python experiments/check_long_context.py --output docs/results/long_context       one NVIDIA GPU; the million took a minute
     python experiments/check_long_context.py --preset tiny --tokens 32768 --compare 8192      two CPU cores, half a minute
 
 From fresh weights and random tokens, one row:
@@ -13,7 +13,8 @@ From fresh weights and random tokens, one row:
              not seen.
 
 Rounding moves a token to another memory where two are almost equally probable, and from then on the states differ by more
-than rounding; so the choices that differ are counted. Up to the first layer that has any the error may be at most 5e-5.
+than rounding; so the choices that differ are counted. Up to the first layer that has any the error may be at most 5e-5, from
+there on 5e-2.
 
 Fails if a limit is exceeded, after writing long_context.json and long_context.md. A CPU does not say what memory it holds.
 """
@@ -35,7 +36,7 @@ from mom_jax.generation import PIECES, empty_state, prefill
 from mom_jax.layers import cast_weights
 from mom_jax.model import bind, init_params
 
-ERROR_LIMIT = 5e-5
+ERROR_LIMIT, FLIPPED_LIMIT = 5e-5, 5e-2
 GROWTH_LIMIT = 64 * 2**20  # bytes: room for the ids of pieces that wait for the device
 
 
@@ -138,11 +139,11 @@ def failures(found: dict) -> list[str]:
     if (found["growth"] or 0) > GROWTH_LIMIT:
         failed.append(f"memory grew by {found['growth'] / 2**20:,.0f} MiB with the length of the prompt")
     for name, way in found["state"].items():
+        limit = ERROR_LIMIT
         for layer, (error, others) in enumerate(zip(way["error"], way["other_choices"], strict=True)):
-            if others:
-                break
-            if not error <= ERROR_LIMIT:
-                failed.append(f"{name}: an error of {error:.1e} in layer {layer}, without another choice")
+            limit = FLIPPED_LIMIT if others else limit
+            if not error <= limit:
+                failed.append(f"{name}: an error of {error:.1e} in layer {layer}, {others} other choices; limit {limit:.0e}")
     return failed
 
 

@@ -265,7 +265,10 @@ def gated_deltanet_340m(**overrides) -> ModelConfig:
 
 
 def transformer_340m(**overrides) -> ModelConfig:
-    """mom_340m with softmax attention in all layers: a Transformer of its size, 543,736,832 parameters, by a wider MLP."""
+    """mom_340m with softmax attention in all layers: a Transformer of its size, 543,736,832 parameters, by a wider MLP.
+
+    Another number of layers, on a command line, wants ``--model.attention.layers`` to name them all.
+    """
     attention = AttentionConfig(layers=tuple(range(overrides.get("num_layers", 24))))
     return mom_340m(**{"attention": attention, "hidden_ratio": 7.5, "balance_loss_scale": 0.0} | overrides)
 
