@@ -50,11 +50,11 @@ class TrainLM:
 
 def main(config: TrainLM) -> None:
     mesh = make_mesh(config.mesh, config.model)
-    shards = config.mesh.data * config.train.accumulation
+    shards = config.mesh.data * config.mesh.fsdp * config.train.accumulation
     require(
         config.data.batch_size % shards == 0,
         "DataConfig.batch_size", config.data.batch_size,
-        f"it must be a multiple of mesh.data * train.accumulation = {shards}",
+        f"it must be a multiple of mesh.data * mesh.fsdp * train.accumulation = {shards}",
     )  # fmt: skip
     splits = {split: TokenFile(Path(config.data.path) / f"{split}.tokens") for split in ("train", "valid")}
     for token_file in splits.values():

@@ -377,9 +377,13 @@ class MeshConfig:
     """Sizes of the named device-mesh axes; their product is the number of devices used."""
 
     data: int = 1
-    """Devices over which the rows of a batch are split."""
+    """Devices over which the rows of a batch are split, each with the whole model."""
+    fsdp: int = 1
+    """Devices over which the rows of a batch are split, and the parameters and the optimiser's state with them."""
     memory: int = 1
-    """Devices over which the memories are split; it divides num_memories."""
+    """Devices over which the memories are split, and all else of a layer by heads and widths; it divides num_memories."""
+    tensor: int = 1
+    """Devices over which the heads of every memory are split, and all else of a layer by heads and widths."""
 
     def __post_init__(self):
-        _require_positive(self, "data", "memory")
+        _require_positive(self, "data", "fsdp", "memory", "tensor")

@@ -1,5 +1,6 @@
 """Mixture of memories: route, dispatch, project, run the op, combine (arXiv 2502.13685, section 3)."""
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from mom_jax.layers import (
     stack_of,
 )
 from mom_jax.routing import Dispatch, Router, Routing
-from mom_jax.sharding import constrain
+from mom_jax.sharding import MESH_AXES, PARAMETER_AXES, constrain, is_spread, leaf_name, parameter_specs, spec
 from mom_jax.update_rules import UPDATE_RULES
 from pallas_kernels import api
 from pallas_kernels.api import SEGMENT_ALIGNMENT
@@ -104,8 +105,12 @@ class MixtureOfMemories(nnx.Module):
           y, the routing, and the layers' states [layers, B, ...] after the piece.
         """
         routing = self.router(x, mask)
-        run = self._step_through if x.shape[1] < SEGMENT_ALIGNMENT else self._run_dispatched
-        o, new_state = run(x, routing, mask, documents, state)
+        if x.shape[1] < SEGMENT_ALIGNMENT:
+            o, new_state = self._step_through(x, routing, mask, documents, state)
+        elif state is None and is_spread() and spec("b", x.shape)[0]:  # rows that the devices can share
+            o, new_state = self._run_spread(x, routing, mask, documents), None
+        else:
+            o, new_state = self._run_dispatched(x, routing.memories, routing.weights, mask, documents, state)
         y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype, residual=residual)
         return constrain(y, "btd"), routing, None if state is None else new_state
 
@@ -113,17 +118,28 @@ class MixtureOfMemories(nnx.Module):
         bias = getattr(self, f"conv_{stream}_bias")[...] if self.config.conv_bias else None
         return getattr(self, f"conv_{stream}")[...], bias
 
-    def _run_dispatched(self, x, routing, mask, documents, state):
-        gate = None
-        if self.config.use_output_gate:
-            # The barrier keeps XLA from making one product of this and the queries', whose halves it then copies.
-            gate = einsum("btd,dhv->bthv", lax.optimization_barrier(x), self.w_g[...], dtype=self.config.dtype)
-        dispatch = Dispatch.of(routing.memories, mask, self.num_memories, self.config.shared_memory)
+    def _run_dispatched(self, x, memories, weights, mask, documents, state):
+        gate = self._gate(x)
+        o, dispatch, state = self._run(x, self.rule.token_streams(x), memories, mask, documents, state)
+        o = api.combine_gated_rms_norm(
+            o, weights, gate, self.out_norm[...], self.config.norm_eps, choice_of=dispatch.choice_of,
+            token_of=dispatch.token_of, slot_of=dispatch.slot_of, implementation=self.config.implementation,
+        )  # fmt: skip
+        return o, state
+
+    def _gate(self, x):
+        if not self.config.use_output_gate:
+            return None
+        # The barrier keeps XLA from making one product of this and the queries', whose halves it then copies.
+        return einsum("btd,dhv->bthv", lax.optimization_barrier(x), self.w_g[...], dtype=self.config.dtype)
+
+    def _run(self, x, of_tokens, memories, mask, documents, state):
+        """Outputs in slots [B, N, H, V], the dispatch, and the state; ``of_tokens``: the rule's ``token_streams`` of x."""
+        dispatch = Dispatch.of(memories, mask, self.num_memories, self.config.shared_memory)
         segments, where = dispatch.segments, {"token_of": dispatch.token_of, "slot_of": dispatch.slot_of}
         run_ids = None if documents is None else dispatch.integers_to_slots(documents)
-        of_tokens = self.rule.token_streams(x)
         of_slots = {} if self.config.single_kv_proj else self.rule.slot_streams(x, dispatch)
-        gates = self.rule.gates(x, routing.memories)
+        gates = self.rule.gates(x, memories)
         gates = {name: dispatch.choices_to_slots(gate) for name, gate in gates.items()}
 
         history = recurrent = None
@@ -146,11 +162,31 @@ class MixtureOfMemories(nnx.Module):
                 for name, stream in streams.items()
             }
             state = state.set(MemoryState(recurrent, history, document))
-        o = api.combine_gated_rms_norm(
-            o, routing.weights, gate, self.out_norm[...], self.config.norm_eps, choice_of=dispatch.choice_of, **where,
-            implementation=self.config.implementation,
-        )  # fmt: skip
-        return o, state
+        return o, dispatch, state
+
+    def _run_spread(self, x, routing, mask, documents):
+        """:meth:`_run_dispatched` on every device of the mesh with its rows, its memories and its heads."""
+        graph, state = nnx.split(self)
+        params = nnx.to_pure_dict(state)
+        outside = {name: params.pop(name) for name in ("router", "w_o")}  # not needed inside
+        in_specs = parameter_specs(params, MESH_AXES | {"H": ("tensor",)})
+
+        def module(params, **changes):
+            values = jax.tree.map(lambda x: x, state)  # replaced in place
+            nnx.replace_by_pure_dict(values, params | jax.tree.map(lambda _: jnp.zeros(()), outside))
+            found, config = nnx.merge(graph, values), copy.copy(self.config)
+            for name, value in changes.items():  # not replace(), whose checks are of whole models
+                object.__setattr__(config, name, value)
+            found.config = found.rule.config = config
+            return found
+
+        def run(*arguments):
+            return _run_shard(self.config, module, *arguments)
+
+        rows = spec("b")
+        return jax.shard_map(
+            run, in_specs=(in_specs, rows, rows, rows, rows, rows), out_specs=spec("bthv"), check_vma=False
+        )(params, x, routing.memories, routing.weights, mask, documents)  # fmt: skip
 
     def _step_through(self, x, routing, mask, documents, state):
         config, (batch, num_tokens) = self.config, x.shape[:2]
@@ -193,6 +229,48 @@ class MixtureOfMemories(nnx.Module):
             implementation=config.step_implementation,
         )  # fmt: skip
         return o.reshape(batch, num_tokens, *o.shape[1:]), after
+
+
+def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, documents):
+    """One device's part of the outputs, [B, T, H / (tensor memory), V].
+
+    The routed memories of the device work on its ``tensor`` part of the heads, all of them; the shared memory, the norm and
+    the gate on its part of the heads over ``tensor`` and ``memory``.
+
+    Args:
+      module: makes the mixer of parameters and changes of the config.
+      params: the device's: of its memories and heads; w_q, w_g and the shared memory's of its part over both axes.
+    """
+    shards, shard = lax.axis_size("memory"), lax.axis_index("memory")
+    heads = config.num_heads // lax.axis_size("tensor")
+    if shards == 1:
+        return module(params, num_heads=heads)._run_dispatched(x, memories, weights, mask, documents, None)[0]
+
+    count = config.num_memories // shards
+    routed = module(params, num_heads=heads, num_memories=count, shared_memory=False)
+    if config.single_kv_proj:
+        for name in ("shared_a", "shared_b"):
+            gathered = lax.all_gather(getattr(routed.rule, name)[...], "memory", axis=1, tiled=True)
+            setattr(routed.rule, name, nnx.Param(gathered))
+    of_tokens = {
+        name: lax.all_gather(stream, "memory", axis=2, tiled=True) for name, stream in routed.rule.token_streams(x).items()
+    }  # fmt: skip
+    chosen = memories[..., : config.top_k] - shard * count
+    o, dispatch, _ = routed._run(x, of_tokens, chosen, mask, documents, None)
+    o = dispatch.to_tokens(o, weights[..., : config.top_k])
+    o = lax.psum_scatter(o, "memory", scatter_dimension=2, tiled=True)
+    if config.shared_memory:
+        def own(path, x):
+            axis = PARAMETER_AXES[leaf_name(path)].find("H")
+            return x if axis < 0 else lax.dynamic_slice_in_dim(x, shard * heads // shards, heads // shards, axis)
+
+        params = jax.tree_util.tree_map_with_path(own, params)
+        # A single memory, which every token chooses, with the shared projections.
+        one = {"num_memories": 1, "shared_memory": False, "single_kv_proj": True}
+        shared, first = module(params, num_heads=heads // shards, **one), jnp.zeros((*x.shape[:2], 1), jnp.int32)
+        of_shared, dispatch, _ = shared._run(x, shared.rule.token_streams(x), first, mask, documents, None)
+        o += dispatch.to_tokens(of_shared, jnp.ones(first.shape, weights.dtype))
+    return api.gated_rms_norm(o, routed._gate(x), routed.out_norm[...], config.norm_eps)
 
 
 def _enter(state: MemoryState, segments, run_ids) -> tuple[MemoryState, jax.Array]:

@@ -16,7 +16,7 @@ from mom_jax.config import ModelConfig, require
 from mom_jax.layers import LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, normalize, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
-from mom_jax.sharding import constrain, leaf_name
+from mom_jax.sharding import constrain, gather_over_fsdp, leaf_name, take_rows
 from pallas_kernels.api import SEGMENT_ALIGNMENT, WORTH_KEEPING, rms_norm
 
 MIXERS = {"mom": MixtureOfMemories, "attention": Attention}
@@ -166,7 +166,7 @@ class MoMLanguageModel(nnx.Module):
                 documents = jnp.broadcast_to(state.document[:, None], tokens.shape)
             document = _last_document(documents, mask, state.document)
 
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(config.dtype)
+        x = take_rows(self.embedding[...], tokens).astype(config.dtype)
         if dropout_key is not None and config.embedding_dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - config.embedding_dropout, x.shape)
             x = jnp.where(keep, x / (1 - config.embedding_dropout), 0).astype(x.dtype)
@@ -191,7 +191,7 @@ class MoMLanguageModel(nnx.Module):
         def layer(carry, of_layer):
             x, states, index = carry
             own = None if states is None else LayerState(states, index)
-            of_layer = self._weights_in_place(params, index) if is_in_place else of_layer
+            of_layer = self._weights_in_place(params, index) if is_in_place else gather_over_fsdp(of_layer)
             x, routing, states = nnx.merge(graph, of_layer)(x, mask, documents, own)
             statistics = None
             if routing is not None:

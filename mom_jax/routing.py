@@ -113,7 +113,7 @@ class Dispatch(NamedTuple):
         """Lays out the slots: memory by memory, each memory's tokens in order, rounded up to the alignment.
 
         Args:
-          memories: different memories of each token, in [0, num_memories); the shared one last.
+          memories: different memories of each token, the shared one last; those outside [0, num_memories) get no slot.
           mask: False for padded tokens, which get no slot; None: all are real.
           num_memories: memories, the shared one included.
           has_shared: whether the last memory is chosen by every token.
@@ -125,9 +125,9 @@ class Dispatch(NamedTuple):
         until = jnp.cumsum(takes, axis=1)
         segments = Segments.from_lengths(until[:, -1])
         slot = segments.offsets[:, None, :-1] + until - takes  # where each memory would put each token, [B, T, M']
-        num_slots = slot_bound(num_tokens, choices, num_memories, has_shared)
+        num_slots = slot_bound(num_tokens, min(choices, num_memories), num_memories, has_shared)
         slot_of = jnp.sum(jnp.where(chosen, slot[:, :, None], 0), axis=-1, dtype=jnp.int32)
-        slot_of = jnp.where(real[..., None], slot_of, num_slots)
+        slot_of = jnp.where(jnp.any(chosen, axis=-1), slot_of, num_slots)
 
         def invert(slot_of):
             empty = jnp.full(num_slots, num_tokens * choices, jnp.int32)
@@ -145,6 +145,12 @@ class Dispatch(NamedTuple):
         batch, num_tokens, choices = self.slot_of.shape
         flat = x.reshape((batch, num_tokens * choices) + x.shape[3:])
         return gather_sum(flat, self.choice_of[..., None], self.slot_of.reshape(batch, -1, 1))
+
+    def to_tokens(self, o: Float[Array, "B N H V"], weights: Float[Array, "B T R"]) -> Float[Array, "B T H V"]:
+        """The weighted sum of each token's slots."""
+        of_slots = self.choices_to_slots(weights)
+        o = (o.astype(jnp.float32) * of_slots[..., None, None]).astype(o.dtype)
+        return gather_sum(o, self.slot_of, self.token_of[..., None])
 
     def integers_to_slots(self, x: Int[Array, "B T"]) -> Int[Array, "B N"]:
         """Integers of the tokens in their slots, 0 in dead slots."""

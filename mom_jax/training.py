@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig, TrainConfig, require
 from mom_jax.layers import cast_weights
 from mom_jax.model import MoMLanguageModel, bind, init_params
-from mom_jax.sharding import leaf_name, parameter_specs, shardings
+from mom_jax.sharding import gather_over_fsdp, leaf_name, parameter_specs, shardings, spec, use_mesh
 from pallas_kernels.api import linear_cross_entropy
 
 Batch = dict[str, jax.Array]
@@ -37,9 +37,10 @@ def cross_entropy(
       targets: ids, or -1 where there is no loss.
     """
     config = model.config
-    head = model.embedding if config.tie_embeddings else model.head
+    name = "embedding" if config.tie_embeddings else "head"
+    head = gather_over_fsdp({name: getattr(model, name)[...]})[name]
     return linear_cross_entropy(
-        hidden.astype(config.dtype), head[...], targets, chunk=chunk, transposed=config.tie_embeddings,
+        hidden.astype(config.dtype), head, targets, chunk=chunk, transposed=config.tie_embeddings,
         implementation=config.implementation,
     )  # fmt: skip
 
@@ -131,7 +132,8 @@ def _init(model: ModelConfig, train: TrainConfig) -> Callable[[], State]:
 
 
 def _state_shardings(init, mesh):
-    return shardings(mesh, parameter_specs(jax.eval_shape(init)))
+    with use_mesh(mesh):
+        return shardings(mesh, parameter_specs(jax.eval_shape(init)))
 
 
 def make_train_step(model: ModelConfig, train: TrainConfig) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -235,5 +237,5 @@ def evaluate(step: Callable[..., Metrics], state: State, batches: Iterable[Batch
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """The batch on the devices, its rows split over ``data``; each process gives its own rows."""
-    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
+    sharding = jax.sharding.NamedSharding(mesh, spec("b"))
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}

@@ -132,7 +132,11 @@ def route(
     """
     num_memories = logits.shape[-1]
     probabilities = jax.nn.softmax(logits, axis=-1)
-    _, memories = lax.top_k(lax.stop_gradient(probabilities if bias is None else probabilities + bias), top_k)
+    rest, memories = lax.stop_gradient(probabilities if bias is None else probabilities + bias), []
+    for _ in range(top_k):  # lax.top_k would gather the rows of all devices
+        memories.append(jnp.argmax(rest, axis=-1))
+        rest = jnp.where(memories[-1][..., None] == jnp.arange(num_memories), -jnp.inf, rest)
+    memories = jnp.stack(memories, axis=-1)
     is_chosen = memories[..., None] == jnp.arange(num_memories)  # [..., R, M]
     # A masked sum instead of a gather: its gradient is no scatter.
     # A softmax over the chosen logits is the renormalised choice of p, without dividing by a sum that may underflow.

@@ -1,6 +1,7 @@
 """Without a GPU: kernels lower for CUDA, compile to H200 code where the CUDA plugin is installed, and are really used."""
 
 import collections
+import dataclasses
 import importlib.util
 import math
 import re
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
 from models import small
 
+from mom_jax.config import MeshConfig
 from mom_jax.layers import cast_weights
 from mom_jax.model import bind, init_params
 from mom_jax.training import loss_and_metrics
@@ -56,9 +58,10 @@ def target(kind):
     return text
 
 
-def lower(function, *arguments, kind=H200):
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1, 1), ("data", "memory"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+def lower(function, *arguments, kind=H200, **mesh):
+    device, sizes = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu"), dataclasses.asdict(MeshConfig(**mesh))
+    types = (AxisType.Auto,) * len(sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types, abstract_device=device)
     with use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
@@ -175,6 +178,20 @@ def test_model_uses_the_kernels(remat, implementation):
         kept = ("grouped_matmul", "gated_rms_norm", "recurrence_prepare", "recurrence_inverse")
         expected |= {name: forward[name] for name in kept}
     assert kernels(lower(gradient, *arguments)) == expected
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "memory"])
+def test_several_devices_use_the_kernels(axis):
+    """Each on what it has: with split memories the routed ones and its part of the shared one, two runs of all but the
+    norm. The cross-entropy's kernel is not split yet."""
+    gradient, arguments = model_gradient(small(num_layers=1))
+    whole, found = kernels(lower(gradient, *arguments)), kernels(lower(gradient, *arguments, **{axis: 2}))
+    del whole["softmax_rows"]
+    if axis == "memory":
+        assert found["recurrence_scan"] == found["recurrence_scan_grad"] == found["recurrence_gradients"] == 2
+        assert found["grouped_matmul"] == whole["grouped_matmul"] and found["grouped_matmul_dw"] == 2
+    else:
+        assert found == whole
 
 
 def decode_step(rows, kind="mom", **overrides):
