@@ -377,7 +377,7 @@ class MeshConfig:
     """Sizes of the named device-mesh axes; their product is the number of devices used."""
 
     data: int = 1
-    """Devices over which the rows of a batch are split, each with the whole model."""
+    """Devices over which the rows of a batch are split, and nothing else."""
     fsdp: int = 1
     """Devices over which the rows of a batch are split, and the parameters and the optimiser's state with them."""
     memory: int = 1

@@ -166,7 +166,7 @@ class MoMLanguageModel(nnx.Module):
                 documents = jnp.broadcast_to(state.document[:, None], tokens.shape)
             document = _last_document(documents, mask, state.document)
 
-        x = take_rows(self.embedding[...], tokens).astype(config.dtype)
+        x = take_rows(self.embedding[...], tokens, config.dtype)
         if dropout_key is not None and config.embedding_dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - config.embedding_dropout, x.shape)
             x = jnp.where(keep, x / (1 - config.embedding_dropout), 0).astype(x.dtype)

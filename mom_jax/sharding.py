@@ -64,7 +64,8 @@ def leaf_name(path: tuple) -> str:
 
 
 def parameter_specs(tree: Any, axes: dict[str, tuple[str, ...]] = PARAMETER_MESH_AXES) -> Any:
-    """PartitionSpecs for a tree whose leaves are parameters (or moments of them); stacked layers have leading axes."""
+    """PartitionSpecs for a tree whose leaves are parameters (or moments of them), on the mesh in use; without one as if it
+    divided all sizes. Stacked layers have leading axes."""
 
     def one(path, x):
         names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
@@ -111,7 +112,7 @@ def make_mesh(config: MeshConfig, model: ModelConfig | None = None) -> Mesh:
             "MeshConfig.memory", config.memory, f"it must divide num_memories = {model.num_memories}",
         )  # fmt: skip
         require(
-            model.num_heads % (config.memory * config.tensor) == 0,
+            all(kind != "mom" for kind, _ in model.layer_runs) or model.num_heads % (config.memory * config.tensor) == 0,
             "MeshConfig.memory * MeshConfig.tensor", config.memory * config.tensor,
             f"it must divide num_heads = {model.num_heads}",
         )  # fmt: skip
@@ -125,22 +126,21 @@ def use_mesh(mesh: Mesh | None):
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def take_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """table[tokens] [B, T, D] of a table [O, D]; over a mesh every device looks among its own rows."""
-    if not is_spread():
-        return jnp.take(table, tokens, axis=0)
-    of_table, of_tokens = spec("od", table.shape), spec("bt", tokens.shape)
-    axes = of_table[0]
+def take_rows(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
+    """table[tokens] [B, T, D] of a table [O, D], NaN beyond it; over a mesh every device looks among its own rows."""
+    of_table = spec("od", table.shape)
+    if not is_spread() or of_table[0] is None:
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+    axes, of_tokens, size = of_table[0], spec("bt", tokens.shape), len(table)
 
     def own(table, tokens):
-        if axes is None:
-            return jnp.take(table, tokens, axis=0)
-        tokens = tokens - jax.lax.axis_index(axes) * len(table)
-        is_own = (tokens >= 0) & (tokens < len(table))
-        found = jnp.take(table, jnp.where(is_own, tokens, 0), axis=0)
-        return jax.lax.psum(jnp.where(is_own[..., None], found, 0), axes)
+        place = tokens - jax.lax.axis_index(axes) * len(table)
+        is_own = (place >= 0) & (place < len(table))
+        found = jnp.take(table, jnp.where(is_own, place, 0), axis=0).astype(dtype)
+        found = jax.lax.psum(jnp.where(is_own[..., None], found, 0), axes)
+        return jnp.where(((tokens >= 0) & (tokens < size))[..., None], found, jnp.nan)
 
-    return jax.shard_map(own, in_specs=(of_table, of_tokens), out_specs=of_tokens, check_vma=False)(table, tokens)
+    return jax.shard_map(own, in_specs=(of_table, of_tokens), out_specs=of_tokens)(table, tokens)
 
 
 def is_spread() -> bool:

@@ -236,6 +236,6 @@ def evaluate(step: Callable[..., Metrics], state: State, batches: Iterable[Batch
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """The batch on the devices, its rows split over ``data``; each process gives its own rows."""
+    """The batch on the devices, its rows split over ``data`` and ``fsdp``; each process gives its own rows."""
     sharding = jax.sharding.NamedSharding(mesh, spec("b"))
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}

@@ -133,6 +133,7 @@ def route(
     num_memories = logits.shape[-1]
     probabilities = jax.nn.softmax(logits, axis=-1)
     rest, memories = lax.stop_gradient(probabilities if bias is None else probabilities + bias), []
+    rest = jnp.maximum(rest, jnp.finfo(rest.dtype).min)  # above those that are taken already, whatever the bias
     for _ in range(top_k):  # lax.top_k would gather the rows of all devices
         memories.append(jnp.argmax(rest, axis=-1))
         rest = jnp.where(memories[-1][..., None] == jnp.arange(num_memories), -jnp.inf, rest)

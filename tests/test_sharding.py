@@ -1,4 +1,4 @@
-"""Where parameters lie, and that eight devices compute what one does: over data, over memories and over both."""
+"""Where parameters lie, and that several devices compute what one does, each its part, whatever the axes."""
 
 import math
 import re
@@ -76,7 +76,7 @@ def loss_of(config, variables):
 
 def case(kind):
     layers = dict(num_layers=2, attention=AttentionConfig(layers=(1,), num_heads=4)) if kind == "hybrid" else {}
-    config = small(kind, num_heads=4, **layers)
+    config = small(kind, num_heads=4, vocab_size=64, **layers)
     tokens = np.random.default_rng(0).integers(0, 61, (B, T)).astype(np.int32)
     return config, *draw_params(config), tokens
 

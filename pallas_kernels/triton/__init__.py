@@ -35,7 +35,7 @@ def _device_reason(arrays: dict) -> str | None:
     if capability not in (*CAPABILITIES, None):
         return f"it needs an NVIDIA GPU of compute capability {', '.join(CAPABILITIES)}; this is {capability}"
     if mesh.size > 1 and not mesh.are_all_axes_manual:
-        return "over several devices it is not yet wrapped in shard_map, without which every device would do all the work"
+        return "over several devices it runs inside of shard_map only: outside every device would do all the work"
     if any(getattr(jax.typeof(x), "vma", None) for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)):
         return "inside shard_map it needs check_vma=False"
     return None
