@@ -17,7 +17,6 @@ has prompts of several lengths, generation_lengths.png has the times and the mem
 figure 3). Attention works through a prompt as plain products over the whole cache: its prefill is no measure of kernels.
 """
 
-import dataclasses
 import re
 import time
 from collections import defaultdict
@@ -28,7 +27,7 @@ import jax
 import numpy as np
 from cli import run
 from flax import nnx
-from timing import Timing, device_figures, time_decoding, title, write_report
+from timing import Timing, device_figures, settings_of, time_decoding, title, write_report
 
 from mom_jax.attention import AttentionState
 from mom_jax.config import PRESETS, ModelConfig, require
@@ -110,7 +109,7 @@ def measure(config: BenchmarkGeneration, work: str, model: MoMLanguageModel, cop
 
 
 def main(config: BenchmarkGeneration) -> dict:
-    figures, rows, model, preset = device_figures(config) | {"settings": dataclasses.asdict(config)}, [], None, None
+    figures, rows, model, preset = device_figures(config) | {"settings": settings_of(config)}, [], None, None
     print(title(figures))
     for work in config.works:
         if parse(work)[0] != preset:

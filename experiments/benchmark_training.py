@@ -10,7 +10,6 @@ Each step is timed from its start to its loss on the host, after two that are no
 A token meets k and v of R memories and the shared one, all gates, the router and the head, and no embedding.
 """
 
-import dataclasses
 import json
 import statistics
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from cli import run
-from timing import compiled_gib, mixer_flops_per_token
+from timing import compiled_gib, mixer_flops_per_token, settings_of
 
 from mom_jax.config import PRESETS, MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.sharding import make_mesh, use_mesh
@@ -103,7 +102,7 @@ def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> d
 
 def main(config: BenchmarkTraining) -> dict:
     device = jax.devices()[0].device_kind
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+    settings = settings_of(config)
     figures = {"device": device, "jax": jax.__version__, "date": str(date.today()), "settings": settings}
     print(f"{device}, jax {jax.__version__}, {date.today()}, T = {config.sequence_length}")
     print(f"remat {config.remat}, unroll {config.unroll}, {config.rows_at_once} rows at once")

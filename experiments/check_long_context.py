@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from cli import run
 from jax import lax
-from timing import Timing, device_figures, relative_error, time_decoding, write_report
+from timing import Timing, device_figures, relative_error, settings_of, time_decoding, write_report
 
 from mom_jax.config import ModelConfig, mom_340m, require
 from mom_jax.generation import PIECES, empty_state, prefill
@@ -158,7 +158,7 @@ def main(config: CheckLongContext) -> dict:
     print("\n".join(notes), flush=True)
     found["state"] = check_state(config, prompt[: config.compare])
     failed = failures(found)
-    figures = device_figures(Timing()) | {"settings": dataclasses.asdict(config), "failures": failed} | found
+    figures = device_figures(Timing()) | {"settings": settings_of(config), "failures": failed} | found
     passed = "all within the limits"
     if found["growth"] is None:
         passed = "all that was measured is within the limits; memory was not measured"

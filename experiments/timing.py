@@ -1,5 +1,6 @@
 """What the benchmarks share: times, the device's own rates, a layer's FLOP, the error that is checked first, the report."""
 
+import dataclasses
 import json
 import statistics
 import time
@@ -61,6 +62,11 @@ def title(figures: dict) -> str:
     matmul, copy = figures["matmul_flops_per_s"] / 1e12, figures["copy_bytes_per_s"] / 1e12
     rates = f"matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} TB/s"
     return f"{figures['device']}, jax {figures['jax']}, {figures['date']}: {rates}"
+
+
+def settings_of(config) -> dict:
+    """The fields of a script's settings for its report, without the place where that lies."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
 
 
 def relative_error(actual, expected) -> float:

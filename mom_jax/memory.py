@@ -260,6 +260,7 @@ def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, 
     o = dispatch.to_tokens(o, weights[..., : config.top_k])
     o = lax.psum_scatter(o, "memory", scatter_dimension=2, tiled=True)
     if config.shared_memory:
+
         def own(path, x):
             axis = PARAMETER_AXES[leaf_name(path)].find("H")
             return x if axis < 0 else lax.dynamic_slice_in_dim(x, shard * heads // shards, heads // shards, axis)

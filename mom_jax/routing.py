@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mom_jax.config import ModelConfig
 from mom_jax.layers import Deferred, einsum, normal_param, stack_of
 from mom_jax.sharding import constrain
-from pallas_kernels.api import SEGMENT_ALIGNMENT, Segments, gather_sum, route, router_step
+from pallas_kernels.api import SEGMENT_ALIGNMENT, Segments, combine, gather_sum, route, router_step
 
 
 class RouterBias(nnx.Variable):
@@ -148,9 +148,7 @@ class Dispatch(NamedTuple):
 
     def to_tokens(self, o: Float[Array, "B N H V"], weights: Float[Array, "B T R"]) -> Float[Array, "B T H V"]:
         """The weighted sum of each token's slots."""
-        of_slots = self.choices_to_slots(weights)
-        o = (o.astype(jnp.float32) * of_slots[..., None, None]).astype(o.dtype)
-        return gather_sum(o, self.slot_of, self.token_of[..., None])
+        return combine(o, weights, slot_of=self.slot_of, token_of=self.token_of, choice_of=self.choice_of)
 
     def integers_to_slots(self, x: Int[Array, "B T"]) -> Int[Array, "B N"]:
         """Integers of the tokens in their slots, 0 in dead slots."""

@@ -8,13 +8,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decoding import combine_step, gated_delta_rule_step, router_step, short_convolution_step, stacked_matmul
 from pallas_kernels.dispatch import check, check_widths, choose, unsupported_reason
 from pallas_kernels.gather import gather_sum
-from pallas_kernels.layer_ops import convolution_history, gated_rms_norm, l2_norm, rms_norm, route
+from pallas_kernels.layer_ops import combine, convolution_history, gated_rms_norm, l2_norm, rms_norm, route
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 from pallas_kernels.step import Place, states_at, with_states
 from pallas_kernels.triton import CHUNK_MATRICES
 
 __all__ = [
-    "SEGMENT_ALIGNMENT", "Place", "Segments", "WORTH_KEEPING", "combine_gated_rms_norm", "combine_step",
+    "SEGMENT_ALIGNMENT", "Place", "Segments", "WORTH_KEEPING", "combine", "combine_gated_rms_norm", "combine_step",
     "convolution_history", "gated_delta_rule", "gated_delta_rule_step", "gated_rms_norm", "gather_sum", "grouped_matmul",
     "l2_norm", "linear_attention", "linear_cross_entropy", "rms_norm", "route", "router_step", "short_convolution",
     "short_convolution_step", "stacked_matmul", "states_at", "unsupported_reason", "with_states",

@@ -150,9 +150,16 @@ def route(
     return memories, weights, probabilities
 
 
-def combine_gated_rms_norm(o, weights, gate, scale, eps, *, slot_of, token_of, choice_of):
-    """See :func:`pallas_kernels.api.combine_gated_rms_norm`."""
+def combine(
+    o: Float[Array, "B N H V"], weights: Float[Array, "B T R"], *, slot_of, token_of, choice_of
+) -> Float[Array, "B T H V"]:
+    """The weighted sum of each token's slots; for the maps see :func:`pallas_kernels.api.combine_gated_rms_norm`."""
     batch = weights.shape[0]
     weights = gather_sum(weights.reshape(batch, -1), choice_of[..., None], slot_of.reshape(batch, -1, 1))
     o = (o.astype(jnp.float32) * weights[..., None, None]).astype(o.dtype)
-    return gated_rms_norm(gather_sum(o, slot_of, token_of[..., None]), gate, scale, eps)
+    return gather_sum(o, slot_of, token_of[..., None])
+
+
+def combine_gated_rms_norm(o, weights, gate, scale, eps, **where):
+    """See :func:`pallas_kernels.api.combine_gated_rms_norm`."""
+    return gated_rms_norm(combine(o, weights, **where), gate, scale, eps)
