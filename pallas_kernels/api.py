@@ -1,5 +1,7 @@
 """The public sequence ops: one signature, one validation and one dispatch loop (dispatch.py) for every implementation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -8,23 +10,24 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decoding import combine_step, gated_delta_rule_step, router_step, short_convolution_step, stacked_matmul
 from pallas_kernels.dispatch import check, check_widths, choose, unsupported_reason
 from pallas_kernels.gather import gather_sum
+from pallas_kernels.handover import Handover, run_along
 from pallas_kernels.layer_ops import combine, convolution_history, gated_rms_norm, l2_norm, rms_norm, route
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 from pallas_kernels.step import Place, states_at, with_states
 from pallas_kernels.triton import CHUNK_MATRICES
 
 __all__ = [
-    "SEGMENT_ALIGNMENT", "Place", "Segments", "WORTH_KEEPING", "combine", "combine_gated_rms_norm", "combine_step",
-    "convolution_history", "gated_delta_rule", "gated_delta_rule_step", "gated_rms_norm", "gather_sum", "grouped_matmul",
-    "l2_norm", "linear_attention", "linear_cross_entropy", "rms_norm", "route", "router_step", "short_convolution",
-    "short_convolution_step", "stacked_matmul", "states_at", "unsupported_reason", "with_states",
+    "Handover", "Place", "SEGMENT_ALIGNMENT", "Segments", "WORTH_KEEPING", "combine", "combine_gated_rms_norm",
+    "combine_step", "convolution_history", "gated_delta_rule", "gated_delta_rule_step", "gated_rms_norm", "gather_sum",
+    "grouped_matmul", "l2_norm", "linear_attention", "linear_cross_entropy", "rms_norm", "route", "router_step",
+    "short_convolution", "short_convolution_step", "stacked_matmul", "states_at", "unsupported_reason", "with_states",
 ]  # fmt: skip
 
 # Names, for policies of jax.checkpoint, of results that take little memory for what they cost to compute again.
 WORTH_KEEPING = ("grouped_matmul", "combine_gated_rms_norm", CHUNK_MATRICES)
 
 
-def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale, implementation, interpret):
+def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale, handover, implementation, interpret):
     """Validates, fills in defaults, pads to the alignment, runs and cuts the padding off again."""
     check(op, q.ndim == 4, "the shape of q", q.shape, "it must be [B, N, H, K]")
     batch, num_slots, heads, key_width = q.shape
@@ -55,13 +58,11 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
     run = choose(op, implementation, {"k": k, "v": v, "log_decay": log_decay}, interpret)
     pad = -num_slots % SEGMENT_ALIGNMENT
     padded = [None if x is None else _pad_slots(x, pad) for x in (q, k, v, log_decay, *gates, run_ids)]
-    o, final_state = run(
-        *padded[:-1],
-        segments=segments,
-        run_ids=padded[-1],
-        initial_state=initial_state,
-        scale=key_width**-0.5 if scale is None else scale,
-    )
+    run, (*arrays, run_ids) = partial(run, scale=key_width**-0.5 if scale is None else scale), padded
+    if handover is None:
+        o, final_state = run(*arrays, segments=segments, run_ids=run_ids, initial_state=initial_state)
+    else:
+        o, final_state = run_along(run, tuple(arrays), initial_state, segments, run_ids, handover)
     return o[:, :num_slots], final_state
 
 
@@ -99,6 +100,7 @@ def gated_delta_rule(
     run_ids: Int[Array, "B N"] | None = None,
     initial_state: Float[Array, "B S H K V"] | None = None,
     scale: float | None = None,
+    handover: Handover | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H V"], Float[Array, "B S H K V"]]:
@@ -116,6 +118,8 @@ def gated_delta_rule(
         belongs to the run of the segment's first token.
       initial_state: float32 states before each segment; None: zeros.
       scale: factor of q, a Python number; None: K^-1/2.
+      handover: inside ``shard_map``, how segments go on from device to device; the initial state is then the first device's
+        and the final states are those after this device's part. None: they do not.
       implementation: "triton" (NVIDIA GPUs), "chunked", "reference" or None (the first of them that supports the call).
       interpret: run Pallas kernels in the interpreter; nothing to implementations in plain JAX.
 
@@ -126,7 +130,8 @@ def gated_delta_rule(
       ValueError: a shape, dtype or segment is not allowed. NotImplementedError: the named implementation cannot run this.
     """
     return _run(
-        "gated_delta_rule", q, k, v, log_decay, (beta,), segments, run_ids, initial_state, scale, implementation, interpret
+        "gated_delta_rule", q, k, v, log_decay, (beta,), segments, run_ids, initial_state, scale, handover,
+        implementation, interpret,
     )  # fmt: skip
 
 
@@ -140,6 +145,7 @@ def linear_attention(
     run_ids: Int[Array, "B N"] | None = None,
     initial_state: Float[Array, "B S H K V"] | None = None,
     scale: float | None = None,
+    handover: Handover | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H V"], Float[Array, "B S H K V"]]:
@@ -150,7 +156,8 @@ def linear_attention(
     Arguments, results and errors are those of :func:`gated_delta_rule`, without ``beta``.
     """
     return _run(
-        "linear_attention", q, k, v, log_decay, (), segments, run_ids, initial_state, scale, implementation, interpret
+        "linear_attention", q, k, v, log_decay, (), segments, run_ids, initial_state, scale, handover,
+        implementation, interpret,
     )  # fmt: skip
 
 

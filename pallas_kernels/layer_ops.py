@@ -81,13 +81,18 @@ def _add_history(y, weight, segments, run, history):
 
 
 def convolution_history(
-    x: Float[Array, "B N *C"],
+    x: Float[Array, "B P *C"],
     segments: Segments,
     run_ids: Int[Array, "B N"] | None,
     history: Float[Array, "B S past *C"],
+    token_of: Int[Array, "B N"] | None = None,
 ) -> Float[Array, "B S past *C"]:
-    """The last W-1 inputs of every segment, older ``history`` included, zero where they are of an older run."""
-    count, num_slots = history.shape[2], x.shape[1]
+    """The last W-1 inputs of every segment, older ``history`` included, zero where they are of an older run.
+
+    Args:
+      x: slots; with ``token_of`` tokens, of which each slot n takes row token_of[n].
+    """
+    count, num_slots = history.shape[2], x.shape[1] if token_of is None else token_of.shape[1]
     if count == 0:
         return history
     lengths = segments.lengths[..., None]
@@ -104,6 +109,9 @@ def convolution_history(
         last = run_at(segments.offsets[:, :-1, None] + lengths - 1)
         is_new &= run_at(slots) == last
         is_old &= (first == last) | (lengths == 0)
+
+    if token_of is not None:
+        slots = jax.vmap(lambda token_of, slots: token_of.at[slots].get(mode="clip"))(token_of, slots)
 
     def row(x, history, slots, place, is_new, is_old):
         shape = is_new.shape + (1,) * (x.ndim - 1)

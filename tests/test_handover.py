@@ -1,0 +1,135 @@
+"""Segments whose tokens lie on several devices: outputs, states and all gradients are those of one device."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, make_inputs
+from jax.sharding import Mesh, PartitionSpec
+from numerics import LIMITS, assert_close
+
+from pallas_kernels import api
+from pallas_kernels.api import Handover, Segments
+
+DEVICES = 4
+ALIGNMENT = api.SEGMENT_ALIGNMENT
+
+
+def parts_of(segments: Segments, num_slots: int, rng):
+    """The tokens of every segment cut into a part a device: lengths [P, B, S], and the whole's slot of each slot, or -1."""
+    lengths = np.asarray(segments.lengths)
+    cuts = np.sort(rng.integers(0, lengths + 1, (DEVICES - 1, *lengths.shape)), axis=0)
+    cuts[:, :, -1] = lengths[:, -1] // 2  # the last segment on two devices only, the first and the last
+    cuts = np.concatenate([np.zeros_like(lengths)[None], cuts, lengths[None]])
+    parts = np.diff(cuts, axis=0)
+    size = int((-(-parts // ALIGNMENT) * ALIGNMENT).sum(axis=2).max())
+    slot = np.full((DEVICES, lengths.shape[0], size), -1)
+    for device, row, segment in np.ndindex(parts.shape):
+        begin = int((-(-parts[device, row, :segment] // ALIGNMENT) * ALIGNMENT).sum())
+        first = int(segments.offsets[row, segment]) + cuts[device, row, segment]
+        count = parts[device, row, segment]
+        slot[device, row, begin : begin + count] = np.arange(first, first + count)
+    return parts, slot
+
+
+def spread(x, slot, fill):
+    """[B, N, ...] -> [P, B, n, ...]."""
+    rows = np.arange(x.shape[0])[:, None]
+    return np.stack([np.where((s >= 0).reshape(s.shape + (1,) * (x.ndim - 2)), np.asarray(x)[rows, s], fill) for s in slot])
+
+
+def along(function, out_specs):
+    """``function`` on every device of a mesh axis with its part of arguments [P, ...]."""
+    mesh, of_part = Mesh(jax.devices()[:DEVICES], ("sequence",)), PartitionSpec("sequence")
+
+    def on_device(*arguments):
+        out = function(*jax.tree.map(lambda x: x[0], arguments))
+        return jax.tree.map(lambda x: x[None], out)
+
+    return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=of_part, out_specs=out_specs, check_vma=False))
+
+
+SOME = ("T65", "ragged_without_decay", "ragged_runs_per_key")  # of linear attention, which differs in nothing but the op
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [("gated_delta_rule", case) for case in CASES] + [("linear_attention", case) for case in CASES if case.id in SOME],
+    ids=str,
+)
+def test_outputs_states_and_gradients_are_those_of_one_device(op, case, rng):
+    inputs = make_inputs(case)
+    segments, run_ids, initial_state = (inputs.pop(name) for name in ("segments", "run_ids", "initial_state"))
+    if op == "linear_attention":
+        del inputs["beta"]
+    batch, num_slots = inputs["q"].shape[:2]
+    whole = segments or Segments.full(batch, num_slots)
+    real = np.asarray(whole.is_real(num_slots))
+    function = getattr(api, op)
+    call = partial(function, segments=segments, run_ids=run_ids, implementation="reference")
+    out, pull = jax.vjp(lambda inputs, state: call(**inputs, initial_state=state), inputs, initial_state)
+    cotangents = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), out)
+    d_inputs, d_state = pull(cotangents)
+
+    lengths, slot = parts_of(whole, num_slots, rng)
+    is_last = (np.arange(DEVICES) == DEVICES - 1).reshape(-1, 1, 1, 1, 1, 1)  # where the state after everything is
+    parts = {name: None if x is None else spread(x, slot, 0) for name, x in inputs.items()}
+    part_runs = None if run_ids is None else spread(run_ids, slot, 0)
+    states = None if initial_state is None else np.stack([initial_state] * DEVICES)  # the others' must not matter
+    cotangents = spread(cotangents[0], slot, 1), np.where(is_last, cotangents[1], 0)
+
+    def on_device(inputs, state, run_ids, lengths, cotangents):
+        segments = Segments.from_lengths(lengths)
+        handover = Handover.of(segments, run_ids, "sequence")
+        call = partial(function, segments=segments, run_ids=run_ids, handover=handover, implementation="chunked")
+        out, pull = jax.vjp(lambda inputs, state: call(**inputs, initial_state=state), inputs, state)
+        return out, pull(cotangents)
+
+    (o, final), (d_parts, d_states) = along(on_device, PartitionSpec("sequence"))(
+        parts, states, part_runs, lengths.astype(np.int32), cotangents
+    )
+
+    def gathered(parts):
+        there, found = np.zeros(real.shape, bool), np.zeros((batch, num_slots, *parts.shape[3:]))
+        for part, s in zip(np.asarray(parts), slot, strict=True):
+            rows, columns = np.nonzero(s >= 0)
+            found[rows, s[rows, columns]], there[rows, s[rows, columns]] = part[rows, columns], True
+        assert (there == real).all()
+        return found
+
+    def of_tokens(x):
+        return np.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)
+
+    limit = LIMITS["float32"]
+    assert_close(gathered(o), of_tokens(out[0]), limit, "o")
+    assert_close(final[-1], out[1], limit, "final state")
+    for name, d in d_inputs.items():
+        if d is not None:
+            assert_close(gathered(d_parts[name]), of_tokens(d), limit, name)
+    if d_state is not None:
+        assert_close(d_states[0], d_state, limit, "initial state")
+        assert not np.any(d_states[1:])
+
+
+@pytest.mark.parametrize("has_runs", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_convolution_goes_on_over_several_devices(has_runs, count, rng):
+    whole = Segments.from_lengths(jnp.asarray([[7, 130], [2, 0], [70, 5]], jnp.int32))
+    num_slots = int(whole.offsets[:, -1].max())
+    x = rng.normal(size=(3, num_slots, 2, 4)).astype(np.float32)
+    weight = rng.normal(size=(count + 1, 2, 4)).astype(np.float32)
+    run_ids = np.cumsum(rng.uniform(size=x.shape[:2]) < 0.1, axis=1).astype(np.int32) if has_runs else None
+    expected = api.short_convolution(jnp.asarray(x), weight, None, whole, run_ids, implementation="chunked")
+    lengths, slot = parts_of(whole, num_slots, rng)
+
+    def on_device(x, run_ids, lengths):
+        segments = Segments.from_lengths(lengths)
+        handover = Handover.of(segments, run_ids, "sequence")
+        history = handover.convolution_history(x, segments, run_ids, count)
+        return api.short_convolution(x, weight, None, segments, run_ids, history, implementation="chunked")
+
+    parts = (spread(x, slot, 0), None if run_ids is None else spread(run_ids, slot, 0), lengths.astype(np.int32))
+    found = np.asarray(along(on_device, PartitionSpec("sequence"))(*parts))
+    assert_close(np.where((slot >= 0)[..., None, None], found, 0), spread(np.asarray(expected), slot, 0), LIMITS["float32"])
