@@ -1,6 +1,8 @@
-"""Times training steps of the presets on random tokens: tokens/s, MFU and peak memory.
+"""Times training steps of the presets on random tokens: tokens/s, MFU and peak memory; on one device or meshes of several.
 
     python experiments/benchmark_training.py --output docs/results/training      one NVIDIA GPU, about 5 minutes
+    python experiments/benchmark_training.py --batch-sizes 16 --rows-at-once 16 --meshes one data=2 fsdp=2 memory=2 \
+        --output docs/results/meshes                     any number of NVIDIA GPUs, here two; two minutes a mesh and preset
 
 Each step is timed from its start to its loss on the host, after two that are not; the median counts. MFU is the share of
 --peak-tflops (dense bfloat16; 989 is the H200's datasheet) that useful arithmetic takes, nothing recomputed counted:
@@ -8,9 +10,15 @@ Each step is timed from its start to its loss on the host, after two that are no
     FLOP a token = 6 (matmul parameters that a token meets) + 3 L (R + shared) H (6 K V + 4 C (K + V)),  C = 64
 
 A token meets k and v of R memories and the shared one, all gates, the router and the head, and no embedding.
+
+Efficiency is the tokens/s of each device over those of the first mesh with the same preset, implementation and batch size,
+which is rows *a device*. On GPUs one step more is profiled: "exchanging" is the time in which collectives run on the first
+device, "exposed" the part of it in which nothing else does.
 """
 
+import dataclasses
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,7 +29,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from cli import run
-from timing import compiled_gib, mixer_flops_per_token, settings_of
+from timing import collective_ms, compiled_gib, mixer_flops_per_token, settings_of
 
 from mom_jax.config import PRESETS, MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.sharding import make_mesh, use_mesh
@@ -37,7 +45,9 @@ class BenchmarkTraining:
     implementations: tuple[str, ...] = ("default",)
     """Implementations of the ops, "default" for the one that training takes."""
     batch_sizes: tuple[int, ...] = (8, 32)
-    """Rows a step."""
+    """Rows a step for each device."""
+    meshes: tuple[str, ...] = ("one",)
+    """Meshes by the sizes of their axes, such as "data=2" or "fsdp=2,memory=2"; "one" is a single device."""
     sequence_length: int = 2048
     """T, tokens in a row."""
     steps: int = 8
@@ -47,7 +57,7 @@ class BenchmarkTraining:
     unroll: bool = True
     """Whether layers are compiled one by one: faster steps, about a minute of compilation."""
     rows_at_once: int = 8
-    """Rows whose activations are held at once; larger batches are accumulated."""
+    """Rows a device whose activations are held at once; larger batches are accumulated."""
     peak_tflops: float = 989.0
     """Dense bfloat16 peak of the device, TFLOP/s."""
     output: str = "runs/benchmark_training"
@@ -56,6 +66,8 @@ class BenchmarkTraining:
     def __post_init__(self):
         for name in self.presets:
             require(name in PRESETS, "presets", name, f"choose from {', '.join(PRESETS)}")
+        for mesh in self.meshes:
+            mesh_config(mesh)
         for name in ("steps", "rows_at_once"):
             require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
         for size in self.batch_sizes:
@@ -67,17 +79,26 @@ class BenchmarkTraining:
         return -(-batch_size // self.rows_at_once)
 
 
+def mesh_config(name: str) -> MeshConfig:
+    """The mesh of a name such as "fsdp=2,memory=2"."""
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    sizes = [] if name == "one" else [part.partition("=") for part in name.split(",")]
+    fits = all(axis in axes and size.isdecimal() for axis, _, size in sizes)
+    require(fits, "meshes", name, f'"one", or sizes such as "data=2,memory=2" of {", ".join(axes)}')
+    return MeshConfig(**{axis: int(size) for axis, _, size in sizes})
+
+
 def flops_per_token(config: ModelConfig) -> float:
     """Useful floating-point operations of a training step for a token; every layer a MoM layer."""
     layer = mixer_flops_per_token(config) + 6 * config.hidden_size * config.mlp_size
     return 3 * (config.num_layers * layer + 2 * config.hidden_size * config.vocab_size)
 
 
-def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> dict:
+def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int, mesh_name: str) -> dict:
     """Times, memory and losses of one setting."""
     train = TrainConfig(steps=config.steps + 2, warmup_steps=0, accumulation=config.pieces(batch_size))
-    mesh, rng = make_mesh(MeshConfig()), np.random.default_rng(0)
-    shape = (batch_size, config.sequence_length)
+    mesh, rng = make_mesh(mesh_config(mesh_name), model), np.random.default_rng(0)
+    shape = (batch_size * mesh.size, config.sequence_length)
     with use_mesh(mesh):
         state = make_state(model, train, mesh)
         batch = {name: rng.integers(0, model.vocab_size, shape).astype(np.int32) for name in ("tokens", "targets")}
@@ -89,12 +110,14 @@ def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int) -> d
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - start)
+        exchanging, exposed = collective_ms(lambda: jax.block_until_ready(step(state, batch)))
     second = statistics.median(seconds[2:])
-    tokens_per_second = batch_size * config.sequence_length / second
+    tokens_per_second = math.prod(shape) / second
     statistics_of_memory = jax.devices()[0].memory_stats() or {}
     return {
         "ms": 1e3 * second, "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * flops_per_token(model) / (1e12 * config.peak_tflops),
+        "mfu": tokens_per_second * flops_per_token(model) / (1e12 * config.peak_tflops * mesh.size),
+        "devices": mesh.size, "exchanging_ms": exchanging, "exposed_ms": exposed,
         "peak_gib_so_far": statistics_of_memory.get("peak_bytes_in_use", 0) / 2**30,
         "compiled_gib": compiled_gib(step), "losses": losses,
     }  # fmt: skip
@@ -108,13 +131,18 @@ def main(config: BenchmarkTraining) -> dict:
     print(f"remat {config.remat}, unroll {config.unroll}, {config.rows_at_once} rows at once")
     output, rows = Path(config.output), []
     output.mkdir(parents=True, exist_ok=True)
-    for preset, implementation, batch_size in product(config.presets, config.implementations, config.batch_sizes):
+    works = product(config.presets, config.implementations, config.batch_sizes, config.meshes)
+    for preset, implementation, batch_size, mesh in works:
         chosen = None if implementation == "default" else implementation
         model = PRESETS[preset](implementation=chosen, remat=config.remat, unroll=config.unroll)
         require(not model.attention.layers, "presets", preset, "the FLOP formula is for MoM layers only")
-        row = {"preset": preset, "implementation": implementation, "batch_size": batch_size}
+        row = {"preset": preset, "implementation": implementation, "batch_size": batch_size, "mesh": mesh}
         try:
-            row |= measure(config, model, batch_size)
+            row |= measure(config, model, batch_size, mesh)
+            key = "preset", "implementation", "batch_size"
+            first = next((r for r in rows if "ms" in r and all(r[name] == row[name] for name in key)), row)
+            of_device = [r["tokens_per_second"] / r["devices"] for r in (row, first)]
+            row["efficiency"] = of_device[0] / of_device[1]
         except jax.errors.JaxRuntimeError as error:  # out of memory: the other settings still count
             row |= {"error": str(error).splitlines()[0]}
         rows.append(row)
@@ -125,12 +153,16 @@ def main(config: BenchmarkTraining) -> dict:
 
 
 def format_row(row: dict) -> str:
-    start = f"{row['preset']:>20} {row['implementation']:>9} {row['batch_size']:>4} rows: "
+    start = f"{row['preset']:>20} {row['implementation']:>9} {row['batch_size']:>4} rows {row['mesh']:>10}: "
     if "error" in row:
         return start + row["error"]
+    exchange = ""
+    if row["exchanging_ms"]:
+        exchange = f", exchanging {row['exchanging_ms']:.1f} ms, exposed {row['exposed_ms']:.1f} ms"
     return start + (
         f"{row['ms']:8.1f} ms a step, {row['tokens_per_second']:>9,.0f} tokens/s, MFU {100 * row['mfu']:4.1f} %, "
-        f"{row['compiled_gib']:5.1f} GiB (peak so far {row['peak_gib_so_far']:.1f}), loss {row['losses'][-1]:.3f}"
+        f"{row['compiled_gib']:5.1f} GiB (peak so far {row['peak_gib_so_far']:.1f}), loss {row['losses'][-1]:.3f}, "
+        f"efficiency {100 * row['efficiency']:.1f} %{exchange}"
     )
 
 

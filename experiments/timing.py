@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +101,32 @@ def compiled_gib(program) -> float:
     memory = program.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return (memory.argument_size_in_bytes + results + memory.temp_size_in_bytes) / 2**30
+
+
+def collective_ms(function: Callable[[], Any]) -> tuple[float, float] | tuple[None, None]:
+    """Of a call, from a profile of the first GPU: milliseconds in which collectives run, and in which nothing else does.
+
+    ``function`` is to return when the devices are done. None where the profile shows no GPU.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            function()
+        profile = jax.profiler.ProfileData.from_file(str(next(Path(directory).rglob("*.xplane.pb"))))
+    plane = next((plane for plane in profile.planes if plane.name.startswith("/device:GPU:")), None)
+    if plane is None:
+        return None, None
+    edges = []  # time, whether of a collective, and 1 where it begins or -1 where it ends
+    for line in plane.lines:
+        for event in line.events if "Stream" in line.name else ():
+            is_collective = "nccl" in event.name.lower()
+            edges += [(event.start_ns, is_collective, 1), (event.start_ns + event.duration_ns, is_collective, -1)]
+    running, exchanging, exposed, before = {True: 0, False: 0}, 0.0, 0.0, 0.0
+    for now, is_collective, change in sorted(edges):
+        exchanging += (now - before) * (running[True] > 0)
+        exposed += (now - before) * (running[True] > 0 and running[False] == 0)
+        running[is_collective] += change
+        before = now
+    return exchanging / 1e6, exposed / 1e6
 
 
 def time_decoding(config: ModelConfig, params, state, hidden, tokens: int) -> tuple[float, float]:

@@ -119,8 +119,8 @@ def test_a_convolution_goes_on_over_several_devices(has_runs, count, rng):
     whole = Segments.from_lengths(jnp.asarray([[7, 130], [2, 0], [70, 5]], jnp.int32))
     num_slots = int(whole.offsets[:, -1].max())
     x = rng.normal(size=(3, num_slots, 2, 4)).astype(np.float32)
-    weight = rng.normal(size=(count + 1, 2, 4)).astype(np.float32)
-    run_ids = np.cumsum(rng.uniform(size=x.shape[:2]) < 0.1, axis=1).astype(np.int32) if has_runs else None
+    weight = jnp.asarray(rng.normal(size=(count + 1, 2, 4)), jnp.float32)
+    run_ids = jnp.asarray(np.cumsum(rng.uniform(size=x.shape[:2]) < 0.1, axis=1), jnp.int32) if has_runs else None
     expected = api.short_convolution(jnp.asarray(x), weight, None, whole, run_ids, implementation="chunked")
     lengths, slot = parts_of(whole, num_slots, rng)
 
