@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from mom_jax.config import ModelConfig, TrainConfig, require
 from mom_jax.layers import cast_weights
 from mom_jax.model import MoMLanguageModel, bind, init_params
-from mom_jax.sharding import gather_over_fsdp, leaf_name, parameter_specs, shardings, spec, use_mesh
+from mom_jax.sharding import leaf_name, parameter_specs, shardings, spec, use_mesh
 from pallas_kernels.api import linear_cross_entropy
 
 Batch = dict[str, jax.Array]
@@ -38,7 +38,7 @@ def cross_entropy(
     """
     config = model.config
     name = "embedding" if config.tie_embeddings else "head"
-    head = gather_over_fsdp({name: getattr(model, name)[...]})[name]
+    head = getattr(model, name)[...]
     return linear_cross_entropy(
         hidden.astype(config.dtype), head, targets, chunk=chunk, transposed=config.tie_embeddings,
         implementation=config.implementation,
@@ -214,7 +214,7 @@ def make_eval_step(model: ModelConfig, chunk: int) -> Callable[..., Metrics]:
     """The pure function (params, variables, batch) -> sums over the batch: ``nats``, ``correct``, ``count``, ``load``."""
 
     def step(params, variables, batch: Batch) -> Metrics:
-        _, metrics = loss_and_metrics(bind(model, params, variables), batch, chunk)
+        _, metrics = loss_and_metrics(bind(model, cast_weights(params, model.dtype), variables), batch, chunk)
         count = jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
         sums = {"nats": metrics["loss"], "correct": metrics["accuracy"], "load": metrics["load"]}
         return {name: count * value for name, value in sums.items()} | {"count": count}
