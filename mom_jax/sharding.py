@@ -115,7 +115,7 @@ def products_over_mesh(
         sizes = dict(zip(x_letters + w_letters, x.shape + w.shape, strict=True))
         of_w.append(spec(w_letters, w.shape, PARAMETER_MESH_AXES))
         of_y.append(spec(y_letters, tuple(sizes[letter] for letter in y_letters)))
-    axes_of_x, axes_of_y = _axes(of_x), [_axes(axes) for axes in of_y]
+    axes_of_x, axes_of_y = mesh_axes(of_x), [mesh_axes(axes) for axes in of_y]
     contracted = tuple(axis for axis in axes_of_x if axis not in axes_of_y[0])
     common = tuple(axis for axis in axes_of_y[0] if axis not in axes_of_x and all(axis in axes for axes in axes_of_y))
 
@@ -129,14 +129,14 @@ def products_over_mesh(
     return jax.shard_map(own, in_specs=(of_x, of_w), out_specs=of_y)(x, [w for _, w in factors])
 
 
-def _axes(of_x: PartitionSpec) -> list[str]:
+def mesh_axes(of_x: PartitionSpec) -> list[str]:
     """The mesh axes that split an array."""
     return [axis for axes in of_x if axes for axis in ((axes,) if isinstance(axes, str) else axes)]
 
 
 def _of_own_rows(param: jax.Array, of_param: PartitionSpec) -> jax.Array:
     """A parameter cast to meet the device's rows; before it is gathered, so that its gradient is cut before it is summed."""
-    return jax.lax.pcast(param, tuple(axis for axis in ROWS if axis not in _axes(of_param)), to="varying")
+    return jax.lax.pcast(param, tuple(axis for axis in ROWS if axis not in mesh_axes(of_param)), to="varying")
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
