@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mom_jax.config import ModelConfig
-from mom_jax.sharding import constrain, leaf_name
+from mom_jax.sharding import constrain, leaf_name, products_over_mesh, shares_rows
 from pallas_kernels.api import rms_norm, stacked_matmul
 
 
@@ -101,8 +102,7 @@ def einsums(
     weights = [w for product in products.values() for w in product.weights]
     x = x if isinstance(x, Deferred) else Deferred(x)
     if not all(isinstance(w, LayerWeight) for w in weights):
-        value = x.value()
-        found = {name: _product(value, product, dtype) for name, product in products.items()}
+        found = _products(x.value(), products, dtype)
         return found if residual is None else {name: residual + y for name, y in found.items()}
     matrices, shapes = zip(*(_in_place(x.shape, product) for product in products.values()), strict=True)
     width = matrices[0][0].shape[2]
@@ -132,23 +132,30 @@ def _in_place(shape: tuple[int, ...], product: Product) -> tuple[tuple[jax.Array
     return matrices, (*shape[:-count], *memories, *rest)
 
 
+def _products(x: jax.Array, products: dict[str, Product], dtype) -> dict[str, jax.Array]:
+    if shares_rows(x) and all(len(product.weights) == 1 for product in products.values()):
+        factors = [(product.equation, *product.weights) for product in products.values()]
+        return dict(zip(products, products_over_mesh(partial(_einsum, dtype=dtype), x, factors), strict=True))
+    return {name: _product(x, product, dtype) for name, product in products.items()}
+
+
 def _product(x: jax.Array, product: Product, dtype) -> jax.Array:
     of_w = re.fullmatch(r"\w+,(\w+)->\w+", product.equation)[1]
     weights = [w.stack[w.layer] if isinstance(w, LayerWeight) else w for w in product.weights]
     weights = [w[None] if w.ndim < len(of_w) else w for w in weights]
-    multiply = einsum if product.out_dtype is None else einsum_float32
+    multiply = _einsum if product.out_dtype is None else einsum_float32
     y = [multiply(product.equation, x, w, dtype=dtype) for w in weights]
     return y[0] if len(y) == 1 else jnp.concatenate(y, axis=-1 - (len(of_w) - 2))
 
 
 def einsum(equation: str, x: jax.Array | Deferred, w: jax.Array | LayerWeight, *, dtype, residual=None) -> jax.Array:
-    """x w, plus ``residual``, with operands and result in the compute type; products are accumulated in float32."""
-    if isinstance(w, LayerWeight):
-        return einsums(x, {"": Product(equation, (w,))}, dtype=dtype, residual=residual)[""]
-    x = x.value() if isinstance(x, Deferred) else x
+    """x w, plus ``residual``: :func:`einsums` of one product."""
+    return einsums(x, {"": Product(equation, (w,))}, dtype=dtype, residual=residual)[""]
+
+
+def _einsum(equation: str, x: jax.Array, w: jax.Array, *, dtype) -> jax.Array:
     precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-    y = jnp.einsum(equation, x.astype(dtype), w.astype(dtype), precision=precision)
-    return y if residual is None else residual + y
+    return jnp.einsum(equation, x.astype(dtype), w.astype(dtype), precision=precision)
 
 
 def einsum_float32(equation: str, x: jax.Array, w: jax.Array, *, dtype) -> jax.Array:

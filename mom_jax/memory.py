@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
@@ -22,7 +23,17 @@ from mom_jax.layers import (
     stack_of,
 )
 from mom_jax.routing import Dispatch, Router, Routing
-from mom_jax.sharding import MESH_AXES, PARAMETER_AXES, constrain, is_spread, leaf_name, parameter_specs, spec
+from mom_jax.sharding import (
+    EXCHANGED,
+    PARAMETER_AXES,
+    PARAMETER_MESH_AXES,
+    constrain,
+    gather_over_fsdp,
+    leaf_name,
+    parameter_specs,
+    shares_rows,
+    spec,
+)
 from mom_jax.update_rules import UPDATE_RULES
 from pallas_kernels import api
 from pallas_kernels.api import SEGMENT_ALIGNMENT
@@ -107,7 +118,7 @@ class MixtureOfMemories(nnx.Module):
         routing = self.router(x, mask)
         if x.shape[1] < SEGMENT_ALIGNMENT:
             o, new_state = self._step_through(x, routing, mask, documents, state)
-        elif state is None and is_spread() and spec("b", x.shape)[0]:  # rows that the devices can share
+        elif state is None and shares_rows(x):
             o, new_state = self._run_spread(x, routing, mask, documents), None
         else:
             o, new_state = self._run_dispatched(x, routing.memories, routing.weights, mask, documents, state)
@@ -169,7 +180,7 @@ class MixtureOfMemories(nnx.Module):
         graph, state = nnx.split(self)
         params = nnx.to_pure_dict(state)
         outside = {name: params.pop(name) for name in ("router", "w_o")}  # not needed inside
-        in_specs = parameter_specs(params, MESH_AXES | {"H": ("tensor",)})
+        in_specs = parameter_specs(params, PARAMETER_MESH_AXES | {"H": ("tensor",)})
 
         def module(params, **changes):
             values = jax.tree.map(lambda x: x, state)  # replaced in place
@@ -180,8 +191,8 @@ class MixtureOfMemories(nnx.Module):
             found.config = found.rule.config = config
             return found
 
-        def run(*arguments):
-            return _run_shard(self.config, module, *arguments)
+        def run(params, *arguments):
+            return _run_shard(self.config, module, gather_over_fsdp(params, in_specs), *arguments)
 
         rows = spec("b")
         return jax.shard_map(
@@ -253,12 +264,13 @@ def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, 
             gathered = lax.all_gather(getattr(routed.rule, name)[...], "memory", axis=1, tiled=True)
             setattr(routed.rule, name, nnx.Param(gathered))
     of_tokens = {
-        name: lax.all_gather(stream, "memory", axis=2, tiled=True) for name, stream in routed.rule.token_streams(x).items()
-    }  # fmt: skip
+        name: checkpoint_name(lax.all_gather(stream, "memory", axis=2, tiled=True), EXCHANGED)
+        for name, stream in routed.rule.token_streams(x).items()
+    }
     chosen = memories[..., : config.top_k] - shard * count
     o, dispatch, _ = routed._run(x, of_tokens, chosen, mask, documents, None)
     o = dispatch.to_tokens(o, weights[..., : config.top_k])
-    o = lax.psum_scatter(o, "memory", scatter_dimension=2, tiled=True)
+    o = checkpoint_name(lax.psum_scatter(o, "memory", scatter_dimension=2, tiled=True), EXCHANGED)
     if config.shared_memory:
 
         def own(path, x):

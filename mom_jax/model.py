@@ -16,7 +16,7 @@ from mom_jax.config import ModelConfig, require
 from mom_jax.layers import LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, normalize, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
-from mom_jax.sharding import constrain, gather_over_fsdp, leaf_name, take_rows
+from mom_jax.sharding import EXCHANGED, constrain, leaf_name, take_rows
 from pallas_kernels.api import SEGMENT_ALIGNMENT, WORTH_KEEPING, rms_norm
 
 MIXERS = {"mom": MixtureOfMemories, "attention": Attention}
@@ -94,7 +94,7 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, count: 
 _policies = jax.checkpoint_policies
 _REMAT = {
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*WORTH_KEEPING)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(*WORTH_KEEPING, EXCHANGED)
     ),
     "full": _policies.nothing_saveable,
 }
@@ -191,7 +191,7 @@ class MoMLanguageModel(nnx.Module):
         def layer(carry, of_layer):
             x, states, index = carry
             own = None if states is None else LayerState(states, index)
-            of_layer = self._weights_in_place(params, index) if is_in_place else gather_over_fsdp(of_layer)
+            of_layer = self._weights_in_place(params, index) if is_in_place else of_layer
             x, routing, states = nnx.merge(graph, of_layer)(x, mask, documents, own)
             statistics = None
             if routing is not None:

@@ -65,7 +65,7 @@ class Router(nnx.Module):
             memories, weights, logits = (a.reshape(*x.shape[:2], -1) for a in found)
             probabilities = jax.nn.softmax(logits, axis=-1)
         else:
-            logits = constrain(einsum("btd,dm->btm", x, router, dtype="float32"), "bt.")
+            logits = constrain(einsum("btD,DM->btM", x, router, dtype="float32"), "bt.")
             memories, weights, probabilities = route(logits, bias, config.top_k, config.shared_memory)
 
         is_chosen = memories[..., : config.top_k, None] == jnp.arange(config.num_memories)  # [B, T, R, M]

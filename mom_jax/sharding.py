@@ -1,22 +1,30 @@
 """The device mesh and where every axis of every array lies on it.
 
 Arrays are described by the letters of the glossary (README): ``"mdhk"`` is a stack of M matrices from D to H heads of K.
-One table says which mesh axes split which letter; another gives the letters of every parameter by its leaf name. Modules
-annotate activations with :func:`constrain`, which does nothing without a mesh; only the memories run under ``shard_map``.
+One table says which mesh axes split which letter; another gives the letters of every parameter by its leaf name.
 
 Rows are split over ``data`` and ``fsdp``, the routed memories over ``memory``, their heads over ``tensor``; what is outside
-of the memories over ``tensor`` and ``memory`` together, by heads or widths, so that no device does another's work.
-Parameters lie split over ``fsdp`` along D and are gathered a layer at a time (:func:`gather_over_fsdp`). An axis that does
-not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit`` with these shardings.
+of the memories over ``tensor`` and ``memory`` together, by heads or widths, so that no device does another's work. An axis
+that does not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit`` with these shardings.
+
+Whose job the collectives are: in training, what multiplies with a parameter that is split runs under ``shard_map`` and
+names its own: the memories, :func:`products_over_mesh`, :func:`take_rows`, the cross-entropy. Parameters lie split over
+``fsdp`` along D; :func:`gather_over_fsdp` makes them whole where they are used, so that on every platform their gradients
+are reduce-scattered over ``fsdp`` and then summed over ``data``, in the dtype in which they were gathered. The rest is
+left to XLA's partitioner, annotated with :func:`constrain`: what has no weights or small ones, which every device has whole
+and whose gradients it all-reduces; rows that the devices cannot share; and the memories of a piece with a state.
 """
 
 import contextlib
 import dataclasses
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mom_jax.config import MeshConfig, ModelConfig, require
@@ -39,6 +47,11 @@ PARAMETER_AXES = {
     # softmax attention; g: key/value heads
     "attention_q": "dhk", "attention_k": "dgk", "attention_v": "dgk", "attention_o": "hkd",
 }  # fmt: skip
+
+
+# Names for policies of jax.checkpoint: gathered weights, which take the memory that fsdp is to save, and the results of
+# collectives over activations, which take little for what they cost to compute again.
+GATHERED, EXCHANGED = "gathered_weights", "exchanged_activations"
 
 
 def spec(letters: str, shape: tuple[int, ...] | None = None, axes: dict[str, tuple[str, ...]] = MESH_AXES) -> PartitionSpec:
@@ -78,11 +91,52 @@ def parameter_specs(tree: Any, axes: dict[str, tuple[str, ...]] = PARAMETER_MESH
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def gather_over_fsdp(params: Any) -> Any:
-    """Parameters of a layer as it is computed with them: whole along D, split as the activations are."""
-    if not is_spread():
-        return params
-    return jax.tree.map(jax.lax.with_sharding_constraint, params, parameter_specs(params, MESH_AXES))
+def gather_over_fsdp(params: Any, specs: Any) -> Any:
+    """Inside of ``shard_map``: parameters that came into it as ``specs`` say as they are computed with, whole along D."""
+
+    def gather(x, of_x):
+        if "fsdp" not in of_x or jax.lax.axis_size("fsdp") == 1:
+            return x
+        return checkpoint_name(jax.lax.all_gather(x, "fsdp", axis=tuple(of_x).index("fsdp"), tiled=True), GATHERED)
+
+    return jax.tree.map(gather, params, specs)
+
+
+def products_over_mesh(
+    multiply: Callable[[str, jax.Array, jax.Array], jax.Array], x: jax.Array, factors: list[tuple[str, jax.Array]]
+) -> list[jax.Array]:
+    """``multiply(equation, x, w)`` of each (equation, w), w a parameter, by every device with what it has of x and w.
+
+    The equations' letters, alike in those of x, say where everything lies; what they contract is summed over the devices.
+    """
+    letters = [re.split(",|->", equation) for equation, _ in factors]
+    of_x, of_w, of_y = spec(letters[0][0], x.shape), [], []
+    for (x_letters, w_letters, y_letters), (_, w) in zip(letters, factors, strict=True):
+        sizes = dict(zip(x_letters + w_letters, x.shape + w.shape, strict=True))
+        of_w.append(spec(w_letters, w.shape, PARAMETER_MESH_AXES))
+        of_y.append(spec(y_letters, tuple(sizes[letter] for letter in y_letters)))
+    axes_of_x, axes_of_y = mesh_axes(of_x), [mesh_axes(axes) for axes in of_y]
+    contracted = tuple(axis for axis in axes_of_x if axis not in axes_of_y[0])
+    common = tuple(axis for axis in axes_of_y[0] if axis not in axes_of_x and all(axis in axes for axes in axes_of_y))
+
+    def own(x, weights):
+        # Cast once for all products, or each one's gradient of x would be summed over the devices by itself.
+        x, weights = jax.lax.pcast(x, common, to="varying"), map(_of_own_rows, weights, of_w)
+        weights = gather_over_fsdp(list(weights), of_w)
+        products = [multiply(equation, x, w) for (equation, _), w in zip(factors, weights, strict=True)]
+        return [checkpoint_name(jax.lax.psum(y, contracted), EXCHANGED) if contracted else y for y in products]
+
+    return jax.shard_map(own, in_specs=(of_x, of_w), out_specs=of_y)(x, [w for _, w in factors])
+
+
+def mesh_axes(of_x: PartitionSpec) -> list[str]:
+    """The mesh axes that split an array."""
+    return [axis for axes in of_x if axes for axis in ((axes,) if isinstance(axes, str) else axes)]
+
+
+def _of_own_rows(param: jax.Array, of_param: PartitionSpec) -> jax.Array:
+    """A parameter cast to meet the device's rows; before it is gathered, so that its gradient is cut before it is summed."""
+    return jax.lax.pcast(param, tuple(axis for axis in ROWS if axis not in mesh_axes(of_param)), to="varying")
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
@@ -128,12 +182,13 @@ def use_mesh(mesh: Mesh | None):
 
 def take_rows(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     """table[tokens] [B, T, D] of a table [O, D], NaN beyond it; over a mesh every device looks among its own rows."""
-    of_table = spec("od", table.shape)
-    if not is_spread() or of_table[0] is None:
+    if not shares_rows(tokens):
         return jnp.take(table, tokens, axis=0).astype(dtype)
-    axes, of_tokens, size = of_table[0], spec("bt", tokens.shape), len(table)
+    of_table, of_tokens, size = spec("od", table.shape, PARAMETER_MESH_AXES), spec("bt", tokens.shape), len(table)
+    axes = of_table[0] or ()
 
     def own(table, tokens):
+        table = gather_over_fsdp(_of_own_rows(table, of_table), of_table)
         place = tokens - jax.lax.axis_index(axes) * len(table)
         is_own = (place >= 0) & (place < len(table))
         found = jnp.take(table, jnp.where(is_own, place, 0), axis=0).astype(dtype)
@@ -147,6 +202,11 @@ def is_spread() -> bool:
     """Whether a mesh of several devices is in use, outside of ``shard_map``."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.size > 1 and not mesh.are_all_axes_manual
+
+
+def shares_rows(x: jax.Array) -> bool:
+    """Whether there are such devices, and they can share the rows of x [B, ...]."""
+    return is_spread() and spec("b", x.shape)[0] is not None
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:

@@ -6,19 +6,32 @@ function of the state and a batch, compiled once a run, with the state donated.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mom_jax.config import ModelConfig, TrainConfig, require
 from mom_jax.layers import cast_weights
 from mom_jax.model import MoMLanguageModel, bind, init_params
-from mom_jax.sharding import gather_over_fsdp, leaf_name, parameter_specs, shardings, spec, use_mesh
+from mom_jax.sharding import (
+    PARAMETER_AXES,
+    PARAMETER_MESH_AXES,
+    WIDTHS,
+    gather_over_fsdp,
+    is_spread,
+    leaf_name,
+    mesh_axes,
+    parameter_specs,
+    shardings,
+    spec,
+    use_mesh,
+)
 from pallas_kernels.api import linear_cross_entropy
 
 Batch = dict[str, jax.Array]
@@ -38,11 +51,25 @@ def cross_entropy(
     """
     config = model.config
     name = "embedding" if config.tie_embeddings else "head"
-    head = gather_over_fsdp({name: getattr(model, name)[...]})[name]
-    return linear_cross_entropy(
-        hidden.astype(config.dtype), head, targets, chunk=chunk, transposed=config.tie_embeddings,
-        implementation=config.implementation,
+    head, hidden = getattr(model, name)[...], hidden.astype(config.dtype)
+    sums = partial(
+        linear_cross_entropy, chunk=chunk, transposed=config.tie_embeddings, implementation=config.implementation
     )  # fmt: skip
+    if not is_spread():
+        return sums(hidden, head, targets)
+    of_hidden, of_targets = spec("btd", hidden.shape), spec("bt", targets.shape)
+    of_head = spec(PARAMETER_AXES[name], head.shape, PARAMETER_MESH_AXES)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    vocabulary = tuple(axis for axis in mesh_axes(of_head) if axis in WIDTHS and sizes[axis] > 1)
+
+    def own(hidden, head, targets):
+        """Of the device's rows, with its part of the vocabulary; the head's gradient is reduced once, after the chunks."""
+        head = gather_over_fsdp(head, of_head)
+        return jax.lax.psum(sums(hidden, head, targets, axis_name=vocabulary or None), mesh_axes(of_targets))
+
+    return jax.shard_map(
+        own, in_specs=(of_hidden, of_head, of_targets), out_specs=PartitionSpec(), check_vma=False
+    )(hidden, head, targets)  # fmt: skip
 
 
 def loss_and_metrics(
@@ -214,7 +241,7 @@ def make_eval_step(model: ModelConfig, chunk: int) -> Callable[..., Metrics]:
     """The pure function (params, variables, batch) -> sums over the batch: ``nats``, ``correct``, ``count``, ``load``."""
 
     def step(params, variables, batch: Batch) -> Metrics:
-        _, metrics = loss_and_metrics(bind(model, params, variables), batch, chunk)
+        _, metrics = loss_and_metrics(bind(model, cast_weights(params, model.dtype), variables), batch, chunk)
         count = jnp.sum(batch["targets"] >= 0).astype(jnp.float32)
         sums = {"nats": metrics["loss"], "correct": metrics["accuracy"], "load": metrics["load"]}
         return {name: count * value for name, value in sums.items()} | {"count": count}

@@ -277,6 +277,7 @@ def linear_cross_entropy(
     *,
     chunk: int,
     transposed: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -289,6 +290,9 @@ def linear_cross_entropy(
       hidden: of the compute type, in which the operands of all products are; logits and sums are float32.
       head: with ``transposed`` [O, D].
       targets: ids, or -1 where there is no loss.
+      axis_name: mesh axes, inside of ``shard_map`` with ``check_vma=False``, over which the vocabulary is split: ``head`` is
+        the device's part of it, in the order of the axes. Every device gets the sums over the whole vocabulary, and its part
+        of the gradient of hidden, which ``shard_map`` adds up.
     """
     op = "linear_cross_entropy"
     shape = (head.shape[::-1] if transposed else head.shape) if head.ndim == 2 else ()
@@ -299,4 +303,4 @@ def linear_cross_entropy(
     check(op, allowed, "the dtype of hidden", hidden.dtype, "float32 or bfloat16")
     check(op, chunk > 0, "chunk", chunk, "at least one token")
     run = choose(op, implementation, {"hidden": hidden, "head": head}, interpret)
-    return run(hidden, head, targets, chunk=chunk, transposed=transposed)
+    return run(hidden, head, targets, chunk=chunk, transposed=transposed, axis_name=axis_name)

@@ -3,6 +3,8 @@
 When it is differentiated, the forward pass makes the gradients too, while a chunk's logits are there: three products of the
 head's size, where computing the logits again in the backward pass takes four. The backward pass scales what was kept, the
 gradients of the sum of losses: hidden's in its dtype, the head's in float32.
+
+A vocabulary that is split over devices costs each chunk one collective, of four numbers a row and device.
 """
 
 from collections.abc import Callable
@@ -35,19 +37,68 @@ def softmax_rows(logits, targets, dtype):
     return losses, hits, jnp.where(has_target[..., None], dlogits, 0).astype(dtype)
 
 
+def row_statistics(logits, targets):
+    """What the other devices must know of each row of one device's logits.
+
+    Args:
+      logits: float32 [B, C, O]. targets: [B, C], columns of these logits, or others.
+
+    Returns:
+      float32 [4, B, C]: the maximum, sum exp(logits - maximum), the target's logit (0 if it is not here) and whether the
+      target is the first maximum (0 or 1).
+    """
+    maximum = jnp.max(logits, axis=-1)
+    total = jnp.sum(jnp.exp(logits - maximum[..., None]), axis=-1)
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    label = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return jnp.stack([maximum, total, label, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)])
+
+
+def row_gradients(logits, targets, log_sums, dtype):
+    """exp(logits - log_sums) - one_hot of the targets that are columns of these logits; log_sums: float32 [B, C]."""
+    one_hot = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return (jnp.exp(logits - log_sums[..., None]) - one_hot).astype(dtype)
+
+
+def split_softmax_rows(logits, targets, dtype, *, axis_name, statistics=row_statistics, gradients=row_gradients):
+    """:func:`softmax_rows` inside of ``shard_map``, where every device has its part of each row of logits.
+
+    Args:
+      axis_name: of the mesh axis, or axes, over which the rows are split, in their order.
+      statistics, gradients: :func:`row_statistics` and :func:`row_gradients`, or kernels like them.
+    """
+    width, has_target = logits.shape[-1], targets >= 0
+    columns = targets - lax.axis_index(axis_name) * width
+    # Together, since what such a small collective takes is its latency.
+    maximum, total, label, is_first = jnp.moveaxis(lax.all_gather(statistics(logits, columns), axis_name), 1, 0)
+    log_sum = jnp.max(maximum, axis=0)
+    log_sum += jnp.log(jnp.sum(total * jnp.exp(maximum - log_sum), axis=0))
+    label = jnp.where(targets < len(maximum) * width, jnp.sum(label, axis=0), jnp.nan)
+    losses = jnp.where(has_target, log_sum - label, 0)
+    hits = jnp.take_along_axis(is_first, jnp.argmax(maximum, axis=0)[None], axis=0)[0] > 0
+    if dtype is None:
+        return losses, hits, None
+    # exp(x - inf) is the zero of a row without a target.
+    return losses, hits, gradients(logits, columns, jnp.where(has_target, log_sum, jnp.inf), dtype)
+
+
 class Options(NamedTuple):
     chunk: int
     transposed: bool
+    axis_name: str | tuple[str, ...] | None
     rows: Callable
 
 
-def linear_cross_entropy(hidden, head, targets, *, chunk, transposed, rows=softmax_rows):
-    """See :func:`pallas_kernels.api.linear_cross_entropy`; ``rows`` is :func:`softmax_rows` or a kernel like it."""
+def linear_cross_entropy(
+    hidden, head, targets, *, chunk, transposed, axis_name, rows=softmax_rows, split_rows=split_softmax_rows
+):  # fmt: skip
+    """See :func:`pallas_kernels.api.linear_cross_entropy`; ``rows`` and ``split_rows``: those above, or with kernels."""
     chunk = min(chunk, hidden.shape[1])
     pad = -hidden.shape[1] % chunk
     hidden = jnp.pad(hidden, [(0, 0), (0, pad), (0, 0)])
     targets = jnp.pad(targets, [(0, 0), (0, pad)], constant_values=-1)
-    return _sums(Options(chunk, transposed, rows), hidden, head, targets)
+    rows = rows if axis_name is None else partial(split_rows, axis_name=axis_name)
+    return _sums(Options(chunk, transposed, axis_name, rows), hidden, head, targets)
 
 
 def _product(equation: str, a, b):
@@ -91,7 +142,10 @@ def _sums_forward(options, hidden, head, targets):
 
 
 def _sums_backward(options, gradients, cotangents):
-    return *((cotangents[0] * x.astype(jnp.float32)).astype(x.dtype) for x in gradients), None
+    cotangent = cotangents[0]
+    if options.axis_name is not None:  # the gradient of a sum over devices: shard_map gives each of them a part of it
+        cotangent = lax.psum(cotangent, options.axis_name)
+    return *((cotangent * x.astype(jnp.float32)).astype(x.dtype) for x in gradients), None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)

@@ -1,4 +1,5 @@
-"""The cross-entropy of a linear head against its definition in float64: sums, hits and gradients of both implementations."""
+"""The cross-entropy of a linear head against its definition in float64: sums, hits and gradients of both implementations,
+on one device and with rows and vocabulary over several."""
 
 from functools import partial
 
@@ -6,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jaxprs import equations
 from numerics import LIMITS, assert_close, relative_l2
 
 from pallas_kernels import cross_entropy
 from pallas_kernels.api import linear_cross_entropy
-from pallas_kernels.triton.cross_entropy import softmax_rows
+from pallas_kernels.triton.cross_entropy import row_gradients, row_statistics, softmax_rows
 from pallas_kernels.triton.launch import KernelConfig
 
 B, T, D, O = 2, 35, 32, 96
 SCALE = 0.3  # of the loss whose gradients are taken
+VOCABULARY = ("x", "y")
 
 
 def softmax_rows_float64(logits, targets):
@@ -37,22 +41,42 @@ def draw(rng, dtype, transposed):
     return hidden, head.T if transposed else head, jnp.asarray(targets)
 
 
+def over_devices(function, in_specs, out_specs):
+    """``function`` on 2 x 2 x 2 devices: over rows, and over the two axes of the vocabulary."""
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices")
+    mesh = jax.make_mesh((2, 2, 2), ("rows", *VOCABULARY), axis_types=(AxisType.Auto,) * 3)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize(
-    "chunk, transposed, dtype",
-    [(16, False, "float32"), (1, True, "float32"), (500, True, "bfloat16"), (5, False, "bfloat16")],
-)
-def test_sums_and_gradients(interpret, rng, implementation, chunk, transposed, dtype):
+    "chunk, transposed, dtype, is_split",
+    [
+        (16, False, "float32", False), (1, True, "float32", False), (500, True, "bfloat16", False),
+        (5, False, "bfloat16", False), (16, True, "float32", True), (500, False, "bfloat16", True),
+    ],
+)  # fmt: skip
+def test_sums_and_gradients(interpret, rng, implementation, chunk, transposed, dtype, is_split):
     hidden, head, targets = draw(rng, dtype, transposed)
     settings = dict(chunk=chunk, transposed=transposed, implementation=implementation, interpret=interpret)
+
+    def cross_entropy_of(hidden, head, targets):
+        if not is_split:
+            return linear_cross_entropy(hidden, head, targets, **settings)
+        of_head = P(VOCABULARY, None) if transposed else P(None, VOCABULARY)
+        return over_devices(
+            lambda *xs: jax.lax.psum(linear_cross_entropy(*xs, axis_name=VOCABULARY, **settings), "rows"),
+            (P("rows"), of_head, P("rows")), P(),
+        )(hidden, head, targets)  # fmt: skip
 
     @jax.jit
     def run(hidden, head):
         def loss(hidden, head):
-            nats, correct = linear_cross_entropy(hidden, head, targets, **settings)
+            nats, correct = cross_entropy_of(hidden, head, targets)
             return SCALE * nats, (nats, correct)
 
-        alone = linear_cross_entropy(hidden, head, targets, **settings)
+        alone = cross_entropy_of(hidden, head, targets)
         gradients, sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
         remat, _ = jax.grad(jax.checkpoint(loss), argnums=(0, 1), has_aux=True)(hidden, head)
         return alone, sums, gradients, remat
@@ -70,6 +94,23 @@ def test_sums_and_gradients(interpret, rng, implementation, chunk, transposed, d
     assert not np.asarray(gradients[0], np.float32)[np.asarray(targets) < 0].any()
 
 
+def split_rows(width, interpret):
+    """``softmax_rows`` of a row over four devices, of plain JAX and with kernels; none where they cannot share it."""
+    settings = dict(config=KernelConfig(64, num_warps=1), interpret=interpret)
+    kernels = {"statistics": partial(row_statistics, **settings), "gradients": partial(row_gradients, **settings)}
+
+    def over(parts):
+        def rows(logits, targets, dtype):
+            split = partial(cross_entropy.split_softmax_rows, axis_name=VOCABULARY, **parts)
+            in_row = P(None, None, VOCABULARY)
+            of_dlogits = None if dtype is None else in_row
+            return over_devices(lambda *xs: split(*xs, dtype), (in_row, P()), (P(), P(), of_dlogits))(logits, targets)
+
+        return rows
+
+    return [] if width % 4 or jax.device_count() < 8 else [over({}), over(kernels)]
+
+
 @pytest.mark.parametrize("differentiate", [False, True])
 @pytest.mark.parametrize("width", [1, 61, 256, 300])
 def test_rows(interpret, rng, width, differentiate):
@@ -82,7 +123,7 @@ def test_rows(interpret, rng, width, differentiate):
     targets[1, ::3] = -1
     kernel = partial(softmax_rows, config=KernelConfig(64, num_warps=1), interpret=interpret)
     losses, hits, dlogits = softmax_rows_float64(logits, targets)
-    for rows in (kernel, cross_entropy.softmax_rows):
+    for rows in (kernel, cross_entropy.softmax_rows, *split_rows(width, interpret)):
         actual = jax.jit(lambda logits, targets, rows=rows: rows(logits, targets, dtype))(logits, targets)
         assert_close(actual[0], losses, LIMITS["float32"])
         np.testing.assert_array_equal(actual[1], hits)
@@ -109,8 +150,9 @@ def test_a_row_that_is_not_finite_has_no_finite_loss(interpret):
     for bad in (np.nan, np.inf):
         logits = np.zeros((1, 1, 300), np.float32)
         logits[..., 70] = bad
-        losses, _, _ = jax.jit(lambda x: softmax_rows(x, jnp.zeros((1, 1), jnp.int32), None, interpret=interpret))(logits)
-        assert not np.isfinite(losses).any()
+        for rows in (partial(softmax_rows, interpret=interpret), *split_rows(300, interpret)):
+            losses, _, _ = jax.jit(lambda x, rows=rows: rows(x, jnp.zeros((1, 1), jnp.int32), None))(logits)
+            assert not np.isfinite(losses).any()
 
 
 def test_what_does_not_fit_is_refused(rng, unchecked_shapes):
