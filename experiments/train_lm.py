@@ -56,6 +56,11 @@ def main(config: TrainLM) -> None:
         "DataConfig.batch_size", config.data.batch_size,
         f"it must be a multiple of mesh.data * mesh.fsdp * train.accumulation = {shards}",
     )  # fmt: skip
+    require(
+        config.data.sequence_length % config.mesh.sequence == 0,
+        "DataConfig.sequence_length", config.data.sequence_length,
+        f"it must be a multiple of mesh.sequence = {config.mesh.sequence}",
+    )  # fmt: skip
     splits = {split: TokenFile(Path(config.data.path) / f"{split}.tokens") for split in ("train", "valid")}
     for token_file in splits.values():
         token_file.verify()

@@ -385,5 +385,8 @@ class MeshConfig:
     tensor: int = 1
     """Devices over which the heads of every memory are split, and all else of a layer by heads and widths."""
 
+    sequence: int = 1
+    """Devices over which the tokens of a row are split, for long rows; it divides the sequence length."""
+
     def __post_init__(self):
-        _require_positive(self, "data", "fsdp", "memory", "tensor")
+        _require_positive(self, "data", "fsdp", "memory", "tensor", "sequence")

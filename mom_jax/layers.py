@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mom_jax.config import ModelConfig
-from mom_jax.sharding import constrain, leaf_name, products_over_mesh, shares_rows
+from mom_jax.sharding import constrain, leaf_name, products_over_mesh, shares_tokens
 from pallas_kernels.api import rms_norm, stacked_matmul
 
 
@@ -133,7 +133,7 @@ def _in_place(shape: tuple[int, ...], product: Product) -> tuple[tuple[jax.Array
 
 
 def _products(x: jax.Array, products: dict[str, Product], dtype) -> dict[str, jax.Array]:
-    if shares_rows(x) and all(len(product.weights) == 1 for product in products.values()):
+    if shares_tokens(x) and all(len(product.weights) == 1 for product in products.values()):
         factors = [(product.equation, *product.weights) for product in products.values()]
         return dict(zip(products, products_over_mesh(partial(_einsum, dtype=dtype), x, factors), strict=True))
     return {name: _product(x, product, dtype) for name, product in products.items()}

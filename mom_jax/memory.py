@@ -31,8 +31,9 @@ from mom_jax.sharding import (
     gather_over_fsdp,
     leaf_name,
     parameter_specs,
-    shares_rows,
+    shares_tokens,
     spec,
+    splits_tokens,
 )
 from mom_jax.update_rules import UPDATE_RULES
 from pallas_kernels import api
@@ -118,7 +119,7 @@ class MixtureOfMemories(nnx.Module):
         routing = self.router(x, mask)
         if x.shape[1] < SEGMENT_ALIGNMENT:
             o, new_state = self._step_through(x, routing, mask, documents, state)
-        elif state is None and shares_rows(x):
+        elif state is None and shares_tokens(x):
             o, new_state = self._run_spread(x, routing, mask, documents), None
         else:
             o, new_state = self._run_dispatched(x, routing.memories, routing.weights, mask, documents, state)
@@ -153,30 +154,37 @@ class MixtureOfMemories(nnx.Module):
         gates = self.rule.gates(x, memories)
         gates = {name: dispatch.choices_to_slots(gate) for name, gate in gates.items()}
 
-        history = recurrent = None
+        streams = of_tokens | of_slots
+        token_of = dict.fromkeys(of_tokens, dispatch.token_of) | dict.fromkeys(of_slots)
+        history, recurrent, handover = dict.fromkeys(streams), None, None
         if state is not None:
             entered, document = _enter(state.get(), segments, run_ids)
             history, recurrent = entered.history, entered.recurrent
+        elif splits_tokens():
+            handover, past = api.Handover.of(segments, run_ids, "sequence"), self.config.conv_size - 1
+            history = {
+                name: handover.convolution_history(stream, segments, run_ids, past, token_of[name])
+                for name, stream in streams.items()
+            }
         convolved = {
             name: api.short_convolution(
-                stream, *self._convolution(name), segments, run_ids, None if history is None else history[name],
+                stream, *self._convolution(name), segments, run_ids, history[name],
                 normalize=name in self.rule.normalized, **(where if name in of_tokens else {}),
                 implementation=self.config.implementation,
             )
-            for name, stream in (of_tokens | of_slots).items()
+            for name, stream in streams.items()
         }  # fmt: skip
-        o, recurrent = self.rule.run(convolved, gates, segments, run_ids, recurrent)
+        o, recurrent = self.rule.run(convolved, gates, segments, run_ids, recurrent, handover)
         if state is not None:
-            streams = {name: dispatch.to_slots(stream) for name, stream in of_tokens.items()} | of_slots
             history = {
-                name: api.convolution_history(stream, segments, run_ids, history[name])
+                name: api.convolution_history(stream, segments, run_ids, history[name], token_of[name])
                 for name, stream in streams.items()
             }
             state = state.set(MemoryState(recurrent, history, document))
         return o, dispatch, state
 
     def _run_spread(self, x, routing, mask, documents):
-        """:meth:`_run_dispatched` on every device of the mesh with its rows, its memories and its heads."""
+        """:meth:`_run_dispatched` on every device of the mesh with its tokens, its memories and its heads."""
         graph, state = nnx.split(self)
         params = nnx.to_pure_dict(state)
         outside = {name: params.pop(name) for name in ("router", "w_o")}  # not needed inside
@@ -194,9 +202,9 @@ class MixtureOfMemories(nnx.Module):
         def run(params, *arguments):
             return _run_shard(self.config, module, gather_over_fsdp(params, in_specs), *arguments)
 
-        rows = spec("b")
+        tokens = spec("bt")
         return jax.shard_map(
-            run, in_specs=(in_specs, rows, rows, rows, rows, rows), out_specs=spec("bthv"), check_vma=False
+            run, in_specs=(in_specs, *(tokens,) * 5), out_specs=spec("bthv"), check_vma=False
         )(params, x, routing.memories, routing.weights, mask, documents)  # fmt: skip
 
     def _step_through(self, x, routing, mask, documents, state):

@@ -3,9 +3,10 @@
 Arrays are described by the letters of the glossary (README): ``"mdhk"`` is a stack of M matrices from D to H heads of K.
 One table says which mesh axes split which letter; another gives the letters of every parameter by its leaf name.
 
-Rows are split over ``data`` and ``fsdp``, the routed memories over ``memory``, their heads over ``tensor``; what is outside
-of the memories over ``tensor`` and ``memory`` together, by heads or widths, so that no device does another's work. An axis
-that does not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit`` with these shardings.
+Rows are split over ``data`` and ``fsdp``, their tokens over ``sequence``, the routed memories over ``memory``, their heads
+over ``tensor``; what is outside of the memories over ``tensor`` and ``memory`` together, by heads or widths, so that no
+device does another's work. An axis that does not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit``
+with these shardings.
 
 Whose job the collectives are: in training, what multiplies with a parameter that is split runs under ``shard_map`` and
 names its own: the memories, :func:`products_over_mesh`, :func:`take_rows`, the cross-entropy. Parameters lie split over
@@ -30,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mom_jax.config import MeshConfig, ModelConfig, require
 
 ROWS, WIDTHS = ("data", "fsdp"), ("tensor", "memory")
-MESH_AXES = {"b": ROWS, "m": ("memory",), "h": WIDTHS, "g": WIDTHS, "f": WIDTHS, "o": WIDTHS}
+MESH_AXES = {"b": ROWS, "t": ("sequence",), "m": ("memory",), "h": WIDTHS, "g": WIDTHS, "f": WIDTHS, "o": WIDTHS}
 # Of parameters, whose capital letters are axes that every device has whole, since they are small.
 PARAMETER_MESH_AXES = MESH_AXES | {"d": ("fsdp",)}
 
@@ -121,7 +122,7 @@ def products_over_mesh(
 
     def own(x, weights):
         # Cast once for all products, or each one's gradient of x would be summed over the devices by itself.
-        x, weights = jax.lax.pcast(x, common, to="varying"), map(_of_own_rows, weights, of_w)
+        x, weights = jax.lax.pcast(x, common, to="varying"), map(_of_own_tokens, weights, of_w)
         weights = gather_over_fsdp(list(weights), of_w)
         products = [multiply(equation, x, w) for (equation, _), w in zip(factors, weights, strict=True)]
         return [checkpoint_name(jax.lax.psum(y, contracted), EXCHANGED) if contracted else y for y in products]
@@ -134,9 +135,10 @@ def mesh_axes(of_x: PartitionSpec) -> list[str]:
     return [axis for axes in of_x if axes for axis in ((axes,) if isinstance(axes, str) else axes)]
 
 
-def _of_own_rows(param: jax.Array, of_param: PartitionSpec) -> jax.Array:
-    """A parameter cast to meet the device's rows; before it is gathered, so that its gradient is cut before it is summed."""
-    return jax.lax.pcast(param, tuple(axis for axis in ROWS if axis not in mesh_axes(of_param)), to="varying")
+def _of_own_tokens(param: jax.Array, of_param: PartitionSpec) -> jax.Array:
+    """A parameter cast to meet the device's tokens, before it is gathered: its gradient is cut before it is summed."""
+    missing = tuple(axis for axis in mesh_axes(spec("bt")) if axis not in mesh_axes(of_param))
+    return jax.lax.pcast(param, missing, to="varying")
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
@@ -156,7 +158,7 @@ def make_mesh(config: MeshConfig, model: ModelConfig | None = None) -> Mesh:
     needed, there = math.prod(sizes.values()), jax.device_count()
     rest = {name: min(size, there) for name, size in sizes.items() if name != "data"}
     if math.prod(rest.values()) > there:
-        rest = {"fsdp": 1, "memory": min(config.memory, there), "tensor": 1}
+        rest = dict.fromkeys(rest, 1) | {"memory": min(config.memory, there)}
     proposal = {"data": there // math.prod(rest.values())} | {name: size for name, size in rest.items() if size > 1}
     advice = " ".join(f"--mesh.{name} {size}" for name, size in proposal.items())
     require(needed <= there, "the number of mesh devices", needed, f"there are {there} devices; try {advice}")
@@ -182,13 +184,13 @@ def use_mesh(mesh: Mesh | None):
 
 def take_rows(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     """table[tokens] [B, T, D] of a table [O, D], NaN beyond it; over a mesh every device looks among its own rows."""
-    if not shares_rows(tokens):
+    if not shares_tokens(tokens):
         return jnp.take(table, tokens, axis=0).astype(dtype)
     of_table, of_tokens, size = spec("od", table.shape, PARAMETER_MESH_AXES), spec("bt", tokens.shape), len(table)
     axes = of_table[0] or ()
 
     def own(table, tokens):
-        table = gather_over_fsdp(_of_own_rows(table, of_table), of_table)
+        table = gather_over_fsdp(_of_own_tokens(table, of_table), of_table)
         place = tokens - jax.lax.axis_index(axes) * len(table)
         is_own = (place >= 0) & (place < len(table))
         found = jnp.take(table, jnp.where(is_own, place, 0), axis=0).astype(dtype)
@@ -204,9 +206,15 @@ def is_spread() -> bool:
     return mesh.size > 1 and not mesh.are_all_axes_manual
 
 
-def shares_rows(x: jax.Array) -> bool:
-    """Whether there are such devices, and they can share the rows of x [B, ...]."""
-    return is_spread() and spec("b", x.shape)[0] is not None
+def shares_tokens(x: jax.Array) -> bool:
+    """Whether there are such devices, and they can share the tokens of x [B, T, ...]."""
+    return is_spread() and None not in spec("bt", x.shape)
+
+
+def splits_tokens() -> bool:
+    """Whether, inside of ``shard_map``, a row's tokens lie on several devices along ``sequence``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.are_all_axes_manual and mesh.shape.get("sequence", 1) > 1
 
 
 def constrain(x: jax.Array, letters: str) -> jax.Array:

@@ -263,6 +263,6 @@ def evaluate(step: Callable[..., Metrics], state: State, batches: Iterable[Batch
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """The batch on the devices, its rows split over ``data`` and ``fsdp``; each process gives its own rows."""
-    sharding = jax.sharding.NamedSharding(mesh, spec("b"))
+    """The batch [B, T] on the devices as :func:`mom_jax.sharding.spec` says; each process gives its own rows."""
+    sharding = jax.sharding.NamedSharding(mesh, spec("bt"))
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}

@@ -338,8 +338,8 @@ SCRIPTS = {
     ),
     "benchmark_training.py": (
         lambda workshop, output: [
-            "--presets", "tiny", "--batch-sizes", "1", "--sequence-length", "64", "--steps", "1", "--meshes", "one", "data=2",
-            "--output", str(output),
+            "--presets", "tiny", "--batch-sizes", "1", "--sequence-length", "64", "--steps", "1",
+            "--meshes", "one", "data=2", "--output", str(output),
         ],
         ["training.json"],
     ),

@@ -21,9 +21,10 @@ from mom_jax.training import abstract_state, make_train_step
 
 MESHES = {
     "data": {"data": 8}, "fsdp": {"fsdp": 8}, "memory": {"memory": 4}, "tensor": {"tensor": 4},
-    "two": {"data": 2, "memory": 2}, "three": {"fsdp": 2, "memory": 2, "tensor": 2},
+    "two": {"data": 2, "memory": 2}, "three": {"fsdp": 2, "memory": 2, "tensor": 2}, "sequence": {"sequence": 4},
+    "long": {"fsdp": 2, "memory": 2, "sequence": 2},
 }
-B, T = 8, 70
+B, T = 8, 72
 
 
 def abstract_params(config):

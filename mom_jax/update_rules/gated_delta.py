@@ -11,7 +11,7 @@ from mom_jax.config import ModelConfig
 from mom_jax.layers import Product, einsum, einsum_float32, normal_param
 from mom_jax.routing import Dispatch
 from pallas_kernels import api
-from pallas_kernels.api import Place, Segments
+from pallas_kernels.api import Handover, Place, Segments
 
 Streams = dict[str, jax.Array]
 
@@ -117,11 +117,14 @@ class GatedDelta(nnx.Module):
         # A masked sum instead of a gather: its gradient is no scatter.
         return {name: jnp.sum(jnp.where(chosen, g[:, :, None], 0), axis=3) for name, g in gates.items()}
 
-    def run(self, streams: Streams, gates: Streams, segments: Segments, run_ids, state) -> tuple[jax.Array, jax.Array]:
+    def run(
+        self, streams: Streams, gates: Streams, segments: Segments, run_ids, state, handover: Handover | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """The op over slots; normalised streams and gates are [B, N, ...]. Returns outputs [B, N, H, V] and final state."""
         return api.gated_delta_rule(
             streams["q"], streams["k"], streams["v"], gates["log_decay"], gates["beta"],
-            segments=segments, run_ids=run_ids, initial_state=state, implementation=self.config.implementation,
+            segments=segments, run_ids=run_ids, initial_state=state, handover=handover,
+            implementation=self.config.implementation,
         )  # fmt: skip
 
     def step(self, streams: Streams, gates: Streams, states: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
