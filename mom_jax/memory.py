@@ -271,13 +271,14 @@ def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, 
         for name in ("shared_a", "shared_b"):
             gathered = lax.all_gather(getattr(routed.rule, name)[...], "memory", axis=1, tiled=True)
             setattr(routed.rule, name, nnx.Param(gathered))
+    own_heads = routed.rule.token_streams(x)
     of_tokens = {
         name: checkpoint_name(lax.all_gather(stream, "memory", axis=2, tiled=True), EXCHANGED)
-        for name, stream in routed.rule.token_streams(x).items()
+        for name, stream in own_heads.items()
     }
     chosen = memories[..., : config.top_k] - shard * count
     o, dispatch, _ = routed._run(x, of_tokens, chosen, mask, documents, None)
-    o = dispatch.to_tokens(o, weights[..., : config.top_k])
+    o = dispatch.to_tokens(o, weights[..., : config.top_k], config.implementation)
     o = checkpoint_name(lax.psum_scatter(o, "memory", scatter_dimension=2, tiled=True), EXCHANGED)
     if config.shared_memory:
 
@@ -289,8 +290,8 @@ def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, 
         # A single memory, which every token chooses, with the shared projections.
         one = {"num_memories": 1, "shared_memory": False, "single_kv_proj": True}
         shared, first = module(params, num_heads=heads // shards, **one), jnp.zeros((*x.shape[:2], 1), jnp.int32)
-        of_shared, dispatch, _ = shared._run(x, shared.rule.token_streams(x), first, mask, documents, None)
-        o += dispatch.to_tokens(of_shared, jnp.ones(first.shape, weights.dtype))
+        of_shared, dispatch, _ = shared._run(x, shared.rule.token_streams(x) | own_heads, first, mask, documents, None)
+        o += dispatch.to_tokens(of_shared, jnp.ones(first.shape, weights.dtype), config.implementation)
     return api.gated_rms_norm(o, routed._gate(x), routed.out_norm[...], config.norm_eps)
 
 

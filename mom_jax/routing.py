@@ -146,9 +146,12 @@ class Dispatch(NamedTuple):
         flat = x.reshape((batch, num_tokens * choices) + x.shape[3:])
         return gather_sum(flat, self.choice_of[..., None], self.slot_of.reshape(batch, -1, 1))
 
-    def to_tokens(self, o: Float[Array, "B N H V"], weights: Float[Array, "B T R"]) -> Float[Array, "B T H V"]:
+    def to_tokens(
+        self, o: Float[Array, "B N H V"], weights: Float[Array, "B T R"], implementation: str | None
+    ) -> Float[Array, "B T H V"]:
         """The weighted sum of each token's slots."""
-        return combine(o, weights, slot_of=self.slot_of, token_of=self.token_of, choice_of=self.choice_of)
+        where = {"slot_of": self.slot_of, "token_of": self.token_of, "choice_of": self.choice_of}
+        return combine(o, weights, **where, implementation=implementation)
 
     def integers_to_slots(self, x: Int[Array, "B T"]) -> Int[Array, "B N"]:
         """Integers of the tokens in their slots, 0 in dead slots."""

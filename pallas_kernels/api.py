@@ -11,7 +11,7 @@ from pallas_kernels.decoding import combine_step, gated_delta_rule_step, router_
 from pallas_kernels.dispatch import check, check_widths, choose, unsupported_reason
 from pallas_kernels.gather import gather_sum
 from pallas_kernels.handover import Handover, run_along
-from pallas_kernels.layer_ops import combine, convolution_history, gated_rms_norm, l2_norm, rms_norm, route
+from pallas_kernels.layer_ops import convolution_history, gated_rms_norm, l2_norm, rms_norm, route
 from pallas_kernels.segments import SEGMENT_ALIGNMENT, Segments
 from pallas_kernels.step import Place, states_at, with_states
 from pallas_kernels.triton import CHUNK_MATRICES
@@ -55,14 +55,15 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
         check(op, shape == state_shape, "the shape of initial_state", shape, allowed)
         initial_state = initial_state.astype(jnp.float32)
 
-    run = choose(op, implementation, {"k": k, "v": v, "log_decay": log_decay}, interpret)
+    functions = choose(op, implementation, {"k": k, "v": v, "log_decay": log_decay}, interpret, also=("final_states",))
     pad = -num_slots % SEGMENT_ALIGNMENT
     padded = [None if x is None else _pad_slots(x, pad) for x in (q, k, v, log_decay, *gates, run_ids)]
-    run, (*arrays, run_ids) = partial(run, scale=key_width**-0.5 if scale is None else scale), padded
+    scale, (*arrays, run_ids) = key_width**-0.5 if scale is None else scale, padded
+    run, final_states = (partial(function, scale=scale) for function in functions)
     if handover is None:
         o, final_state = run(*arrays, segments=segments, run_ids=run_ids, initial_state=initial_state)
     else:
-        o, final_state = run_along(run, tuple(arrays), initial_state, segments, run_ids, handover)
+        o, final_state = run_along(run, final_states, tuple(arrays), initial_state, segments, run_ids, handover)
     return o[:, :num_slots], final_state
 
 
@@ -237,6 +238,24 @@ def short_convolution(
     check(op, shapes_fit, "the shapes of x and weight", (x.shape, weight.shape), "[B, N, H, K] and [W, H, K]")
     run = choose(op, implementation, {"x": x, "normalize": normalize}, interpret)
     return run(x, weight, bias, segments, run_ids, history, normalize=normalize, token_of=token_of, slot_of=slot_of)
+
+
+def combine(
+    o: Float[Array, "B N H V"],
+    weights: Float[Array, "B T R"],
+    *,
+    slot_of: Int[Array, "B T R"],
+    token_of: Int[Array, "B N"],
+    choice_of: Int[Array, "B N"],
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H V"]:
+    """The weighted sum over each token's slots, o_t = sum_r weights[t, r] o[slot_of[t, r]].
+
+    Arguments and result are those of :func:`combine_gated_rms_norm`.
+    """
+    run = choose("combine", implementation, {"x": o}, interpret)
+    return run(o, weights, slot_of=slot_of, token_of=token_of, choice_of=choice_of)
 
 
 def combine_gated_rms_norm(

@@ -1,6 +1,5 @@
 """How an op finds the implementation that runs it, and refuses what does not fit: shared by api.py and decoding.py."""
 
-from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
@@ -23,8 +22,11 @@ def unsupported_reason(op: str, implementation: str, arrays: dict, *, interpret:
     return None
 
 
-def choose(op: str, implementation: str | None, arrays: dict, interpret: bool) -> Callable:
-    """The function that runs ``op``: the named one, or the first that can.
+def choose(op: str, implementation: str | None, arrays: dict, interpret: bool, also: tuple[str, ...] = ()):
+    """The function that runs ``op``: of the named implementation, or of the first that can.
+
+    Args:
+      also: further functions of that implementation, which then follow in a tuple.
 
     Raises:
       ValueError: the name is unknown. NotImplementedError: the named one cannot run this call.
@@ -34,8 +36,10 @@ def choose(op: str, implementation: str | None, arrays: dict, interpret: bool) -
     reasons = {name: unsupported_reason(op, name, arrays, interpret=interpret) for name in names}
     for name, reason in reasons.items():
         if reason is None:
-            function = getattr(IMPLEMENTATIONS[name], op)
-            return partial(function, interpret=interpret) if name in PALLAS else function
+            functions = [getattr(IMPLEMENTATIONS[name], function) for function in (op, *also)]
+            if name in PALLAS:
+                functions = [partial(function, interpret=interpret) for function in functions]
+            return tuple(functions) if also else functions[0]
     is_known = not named or implementation in PLANNED or implementation in IMPLEMENTATIONS
     error = NotImplementedError if is_known else ValueError
     raise error(f"{op}: implementation = {implementation!r}: {'; '.join(map(str, reasons.values()))}")

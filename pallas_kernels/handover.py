@@ -96,33 +96,45 @@ def _multiply(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_along(run: Callable, arrays: tuple, initial_state, segments: Segments, run_ids, handover: Handover):
+def final_states_of(run: Callable) -> Callable:
+    """The ``final_states`` of an implementation, made of its recurrence: from initial states that have more columns than v
+    the final states, whose additional columns are those of v = 0."""
+
+    def final_states(q, k, v, log_decay, beta, *, initial_state, **how):
+        columns = initial_state.shape[4] - v.shape[3]
+        v = jnp.pad(v, [(0, 0)] * 3 + [(0, columns)])
+        return run(q, k, v, log_decay, beta, initial_state=initial_state, **how)[1]
+
+    return final_states
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run_along(
+    run: Callable, final_states: Callable, arrays: tuple, initial_state, segments: Segments, run_ids, handover: Handover
+):
     """A recurrence whose segments go on along a mesh axis.
 
     Args:
       run: ``run(*arrays, segments=, run_ids=, initial_state=)`` gives o and the final states float32 [B, S, H, K, V].
-      arrays: q, k, v and the gates.
+      final_states: of the same implementation, see :func:`final_states_of`.
+      arrays: q, k, v, the log-decay and, for a delta rule, beta.
       initial_state: of the first device, which is before all others; None: zeros.
 
     Returns:
       o, and the states after this device's part.
     """
-    return _forward(run, arrays, initial_state, segments, run_ids, handover)[0]
+    return _forward(run, final_states, arrays, initial_state, segments, run_ids, handover)[0]
 
 
-def _forward(run, arrays, initial_state, segments, run_ids, handover):
+def _forward(run, final_states, arrays, initial_state, segments, run_ids, handover):
     axis = handover.axis_name
-    run = partial(run, segments=segments, run_ids=run_ids)
-    q, k, v, *gates = arrays
+    where = {"segments": segments, "run_ids": run_ids}
+    q, k, v, log_decay, *beta = arrays
     own, key_width, value_width = lax.axis_index(axis), k.shape[3], v.shape[3]
     initial = jnp.where(own == 0, states_or_zeros(initial_state, k, v, segments.num_segments), 0)
     identity = jnp.broadcast_to(jnp.eye(key_width), (*initial.shape[:-1], key_width))
-    no_values = jnp.zeros_like(v, shape=(*v.shape[:3], key_width))
-    _, parts = run(
-        q, k, jnp.concatenate([v, no_values], axis=-1), *gates,
-        initial_state=jnp.concatenate([initial, identity], axis=-1),
-    )  # fmt: skip
+    starts = jnp.concatenate([initial, identity], axis=-1)
+    parts = final_states(q, k, v, log_decay, *beta or (None,), initial_state=starts, **where)
     parts = lax.all_gather(parts, axis)
     local, transitions = parts[..., :value_width], parts[..., value_width:]
 
@@ -132,11 +144,11 @@ def _forward(run, arrays, initial_state, segments, run_ids, handover):
         return _multiply("bshij,bshjv->bshiv", transition, entered) + local, entered
 
     _, entered = lax.scan(part, jnp.zeros_like(initial), (local, transitions, handover.keeps))
-    out, pull = jax.vjp(lambda arrays, state: run(*arrays, initial_state=state), arrays, initial + entered[own])
+    out, pull = jax.vjp(lambda arrays, state: run(*arrays, initial_state=state, **where), arrays, initial + entered[own])
     return out, (pull, transitions, handover, own, initial_state is None)
 
 
-def _backward(run, saved, cotangents):
+def _backward(run, final_states, saved, cotangents):
     pull, transitions, handover, own, has_none = saved
     do, d_final = cotangents
     local = lax.all_gather(pull((do, d_final))[1], handover.axis_name)

@@ -161,7 +161,7 @@ def route(
 def combine(
     o: Float[Array, "B N H V"], weights: Float[Array, "B T R"], *, slot_of, token_of, choice_of
 ) -> Float[Array, "B T H V"]:
-    """The weighted sum of each token's slots; for the maps see :func:`pallas_kernels.api.combine_gated_rms_norm`."""
+    """The weighted sum of each token's slots; see :func:`pallas_kernels.api.combine`."""
     batch = weights.shape[0]
     weights = gather_sum(weights.reshape(batch, -1), choice_of[..., None], slot_of.reshape(batch, -1, 1))
     o = (o.astype(jnp.float32) * weights[..., None, None]).astype(o.dtype)

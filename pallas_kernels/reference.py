@@ -12,7 +12,8 @@ from jax import lax
 
 from pallas_kernels.cross_entropy import linear_cross_entropy  # noqa: F401
 from pallas_kernels.gather import gather_sum
-from pallas_kernels.layer_ops import combine_gated_rms_norm, short_convolution  # noqa: F401
+from pallas_kernels.handover import final_states_of
+from pallas_kernels.layer_ops import combine, combine_gated_rms_norm, short_convolution  # noqa: F401
 from pallas_kernels.segments import Segments, states_or_zeros, where_real
 from pallas_kernels.step import (  # noqa: F401
     combine_step,
@@ -74,6 +75,9 @@ def linear_attention(q, k, v, log_decay, *, segments, run_ids, initial_state, sc
     return gated_delta_rule(
         q, k, v, log_decay, None, segments=segments, run_ids=run_ids, initial_state=initial_state, scale=scale
     )
+
+
+final_states = final_states_of(gated_delta_rule)
 
 
 def grouped_matmul(x, weights, *, segments, token_of, slot_of):

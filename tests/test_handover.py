@@ -51,15 +51,18 @@ def along(function, out_specs):
     return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=of_part, out_specs=out_specs, check_vma=False))
 
 
-SOME = ("T65", "ragged_without_decay", "ragged_runs_per_key")  # of linear attention, which differs in nothing but the op
+SOME = ("ragged_without_decay", "ragged_runs", "ragged_runs_per_key")  # for what differs in the passes over tokens only
 
 
 @pytest.mark.parametrize(
-    ("op", "case"),
-    [("gated_delta_rule", case) for case in CASES] + [("linear_attention", case) for case in CASES if case.id in SOME],
+    ("op", "implementation", "case"),
+    [("gated_delta_rule", "chunked", case) for case in CASES]
+    + [("linear_attention", "chunked", case) for case in CASES if case.id in SOME]
+    + [("gated_delta_rule", "triton", case) for case in CASES if case.id in SOME[:2]]
+    + [("linear_attention", "triton", case) for case in CASES if case.id in SOME],
     ids=str,
 )
-def test_outputs_states_and_gradients_are_those_of_one_device(op, case, rng):
+def test_outputs_states_and_gradients_are_those_of_one_device(op, implementation, case, rng):
     inputs = make_inputs(case)
     segments, run_ids, initial_state = (inputs.pop(name) for name in ("segments", "run_ids", "initial_state"))
     if op == "linear_attention":
@@ -83,7 +86,8 @@ def test_outputs_states_and_gradients_are_those_of_one_device(op, case, rng):
     def on_device(inputs, state, run_ids, lengths, cotangents):
         segments = Segments.from_lengths(lengths)
         handover = Handover.of(segments, run_ids, "sequence")
-        call = partial(function, segments=segments, run_ids=run_ids, handover=handover, implementation="chunked")
+        how = {"handover": handover, "implementation": implementation, "interpret": True}
+        call = partial(function, segments=segments, run_ids=run_ids, **how)
         out, pull = jax.vjp(lambda inputs, state: call(**inputs, initial_state=state), inputs, state)
         return out, pull(cotangents)
 

@@ -17,7 +17,7 @@ CONFIG = KernelConfig(tile=16, num_warps=1)  # does not divide the tokens of the
 
 
 def plain(a):
-    y = rms_norm(a["o"], a["scale"], EPS)
+    y = rms_norm(a["o"], a["scale"], EPS) if "scale" in a else a["o"]
     return y * jax.nn.silu(a["gate"]) if "gate" in a else y
 
 
@@ -34,10 +34,13 @@ def normal(rng, *shape, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    "heads, width, has_gate, has_shared, dtype",
-    [(4, 16, True, True, "float32"), (3, 48, False, False, "bfloat16"), (1, 1280, True, False, "float32")],
-)
-def test_combine(interpret, rng, heads, width, has_gate, has_shared, dtype):
+    "heads, width, has_norm, has_gate, has_shared, dtype",
+    [
+        (4, 16, True, True, True, "float32"), (3, 48, True, False, False, "bfloat16"),
+        (1, 1280, True, True, False, "float32"), (2, 48, False, False, True, "float32"),
+    ],
+)  # fmt: skip
+def test_combine(interpret, rng, heads, width, has_norm, has_gate, has_shared, dtype):
     """Padded tokens have no slot, dead slots hold NaN, and the gradient of those is zero."""
     batch, num_tokens, memories = 2, 35, 4
     chosen = np.stack([rng.permutation(memories)[:2] for _ in range(batch * num_tokens)]).reshape(batch, num_tokens, 2)
@@ -50,14 +53,16 @@ def test_combine(interpret, rng, heads, width, has_gate, has_shared, dtype):
     real = dispatch.segments.is_real(num_slots)[..., None, None]
     arguments = {
         "o": jnp.where(real, normal(rng, batch, num_slots, heads, width, dtype=dtype), 0),
-        "weights": normal(rng, *chosen.shape), "scale": normal(rng, width),
+        "weights": normal(rng, *chosen.shape),
     }  # fmt: skip
+    if has_norm:
+        arguments["scale"] = normal(rng, width)
     if has_gate:
         arguments["gate"] = normal(rng, batch, num_tokens, heads, width, dtype=dtype)
 
     def kernels(a):
         return combine_gated_rms_norm(
-            a["o"], a["weights"], a.get("gate"), a["scale"], EPS, slot_of=dispatch.slot_of, token_of=dispatch.token_of,
+            a["o"], a["weights"], a.get("gate"), a.get("scale"), EPS, slot_of=dispatch.slot_of, token_of=dispatch.token_of,
             choice_of=dispatch.choice_of, config=CONFIG, interpret=interpret,
         )  # fmt: skip
 

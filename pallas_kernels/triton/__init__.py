@@ -3,18 +3,18 @@
 import jax
 
 from pallas_kernels.triton.cross_entropy import linear_cross_entropy
-from pallas_kernels.triton.gated_rms_norm import combine_gated_rms_norm
+from pallas_kernels.triton.gated_rms_norm import combine, combine_gated_rms_norm
 from pallas_kernels.triton.grouped_matmul import grouped_matmul
 from pallas_kernels.triton.launch import current_device
-from pallas_kernels.triton.recurrence import CHUNK_MATRICES, gated_delta_rule, linear_attention
+from pallas_kernels.triton.recurrence import CHUNK_MATRICES, final_states, gated_delta_rule, linear_attention
 from pallas_kernels.triton.short_convolution import short_convolution
 from pallas_kernels.triton.stacked_matmul import MOST_ROWS, stacked_matmul
 from pallas_kernels.triton.step import combine_step, gated_delta_rule_step, router_step, short_convolution_step
 
 __all__ = [
-    "CHUNK_MATRICES", "combine_gated_rms_norm", "combine_step", "gated_delta_rule", "gated_delta_rule_step",
-    "grouped_matmul", "linear_attention", "linear_cross_entropy", "router_step", "short_convolution",
-    "short_convolution_step", "stacked_matmul", "unsupported_reason",
+    "CHUNK_MATRICES", "combine", "combine_gated_rms_norm", "combine_step", "final_states", "gated_delta_rule",
+    "gated_delta_rule_step", "grouped_matmul", "linear_attention", "linear_cross_entropy", "router_step",
+    "short_convolution", "short_convolution_step", "stacked_matmul", "unsupported_reason",
 ]  # fmt: skip
 
 # Compute capabilities whose shared memory holds the tiles: H100, H200 (run on an H200), A100 (compiled for it); not 8.6, 8.9

@@ -26,6 +26,11 @@ def combine_gated_rms_norm(
     return _norm(Options(eps, config, slots_config, interpret), inputs)
 
 
+def combine(o, weights, **where):
+    """See :func:`pallas_kernels.api.combine`."""
+    return combine_gated_rms_norm(o, weights, None, None, 0.0, **where)
+
+
 def _whole(tree):
     return jax.tree.map(lambda _: pl.BlockSpec(), tree)
 
@@ -61,17 +66,19 @@ def _norm_forward(options, inputs):
 def _norm_backward(options, inputs, dy):
     num_heads, grid = _grid(options, dy.shape)
     batch, num_tokens, heads, width = dy.shape
+    has_norm = inputs.scale is not None
     out_shape = (
-        jax.ShapeDtypeStruct(dy.shape, inputs.o.dtype),
+        jax.ShapeDtypeStruct(dy.shape, inputs.o.dtype) if has_norm else None,
         None if inputs.gate is None else jax.ShapeDtypeStruct(dy.shape, inputs.gate.dtype),
-        jax.ShapeDtypeStruct((batch, grid[1], heads, width), jnp.float32),
+        jax.ShapeDtypeStruct((batch, grid[1], heads, width), jnp.float32) if has_norm else None,
         jax.ShapeDtypeStruct((*inputs.weights.shape, grid[0]), jnp.float32),
     )
     do, dgate, dscale, dweights = _run(
         backward_kernel, "gated_rms_norm_grad", options, (num_heads, grid), inputs, dy, out_shape=out_shape
     )  # fmt: skip
-    do, dweights = _to_slots(options, inputs, do), jnp.sum(dweights, axis=-1)
-    return (Inputs(do, dgate, jnp.sum(dscale, axis=(0, 1, 2)), dweights, None, None, None),)
+    do, dweights = _to_slots(options, inputs, do if has_norm else dy), jnp.sum(dweights, axis=-1)
+    dscale = jnp.sum(dscale, axis=(0, 1, 2)) if has_norm else None
+    return (Inputs(do, dgate, dscale, dweights, None, None, None),)
 
 
 def _to_slots(options: Options, inputs: Inputs, do):

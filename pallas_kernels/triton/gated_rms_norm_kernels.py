@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
     Attributes:
       o: [B, N, H, V].
       gate: [B, T, H, V].
-      scale: float32 [V].
+      scale: float32 [V]; without it there is no norm, and no gate.
       weights: float32 [B, T, R], of a token's slots.
       slot_of: int32 [B, T, R], N or more for none.
       token_of: int32 [B, N], T or more in dead slots.
@@ -46,22 +46,24 @@ class Options(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a program holds throughout: its place, the columns of a row that exist, and the scale."""
+    """What a program holds throughout: its place, the columns of a row that exist, and the scale, if there is one."""
 
     batch: jax.Array
     start: jax.Array
     heads: jax.Array
     columns: jax.Array
     mask: jax.Array
-    scale: jax.Array
+    scale: jax.Array | None
 
     @classmethod
     def of(cls, inputs: Inputs, tile: int, num_heads: int) -> "Program":
-        width = inputs.scale.shape[0]
+        width = inputs.o.shape[3]
         heads = (pl.program_id(0) * num_heads + jnp.arange(num_heads))[:, None]
         columns = jnp.arange(pl.next_power_of_2(width))[None, :]
-        scale = plgpu.load(inputs.scale.at[columns], mask=columns < width, other=0)
-        return cls(pl.program_id(2), pl.program_id(1) * tile, heads, columns, columns < width, scale)
+        mask, scale = columns < width, None
+        if inputs.scale is not None:
+            scale = plgpu.load(inputs.scale.at[columns], mask=mask, other=0)
+        return cls(pl.program_id(2), pl.program_id(1) * tile, heads, columns, mask, scale)
 
     def load(self, ref, row, exists=True):
         at = ref.at[self.batch, row, self.heads, self.columns]
@@ -90,8 +92,9 @@ def forward_kernel(inputs: Inputs, y_ref, *, options: Options, num_heads: int):
     def body(i, _):
         exists = program.start + i < num_tokens
         token = jnp.minimum(program.start + i, num_tokens - 1)
-        o = sum(weight * o for o, weight in program.slots(inputs, token))
-        y = program.normed(inputs, o, options.eps)[0] * program.scale
+        y = sum(weight * o for o, weight in program.slots(inputs, token))
+        if program.scale is not None:
+            y = program.normed(inputs, y, options.eps)[0] * program.scale
         if inputs.gate is not None:
             gate = program.load(inputs.gate, token)
             y *= gate * ptx.sigmoid(gate, options.interpret)
@@ -112,25 +115,31 @@ def backward_kernel(
         token = jnp.minimum(program.start + i, num_tokens - 1)
         dy = program.load(dy_ref, token, exists)
         slots = list(program.slots(inputs, token))
-        o = sum(weight * o for o, weight in slots)
-        normed, rms = program.normed(inputs, o, options.eps)
-        if inputs.gate is not None:
-            gate = program.load(inputs.gate, token)
-            sigmoid = ptx.sigmoid(gate, options.interpret)
-            slope = sigmoid * ptx.fma(gate, 1 - sigmoid, jnp.ones_like(gate), options.interpret)
-            program.store(dgate_ref, token, dy * normed * program.scale * slope, exists)
-            dy *= gate * sigmoid
-        dscale += dy * normed
-        dy *= program.scale
-        mean = jnp.sum(dy * normed, axis=-1, keepdims=True) / inputs.scale.shape[0]
-        do = rms * (dy - normed * mean)
-        program.store(do_ref, token, do, exists)
+        if program.scale is None:
+            do = dy
+        else:
+            o = sum(weight * o for o, weight in slots)
+            normed, rms = program.normed(inputs, o, options.eps)
+            if inputs.gate is not None:
+                gate = program.load(inputs.gate, token)
+                sigmoid = ptx.sigmoid(gate, options.interpret)
+                slope = sigmoid * ptx.fma(gate, 1 - sigmoid, jnp.ones_like(gate), options.interpret)
+                program.store(dgate_ref, token, dy * normed * program.scale * slope, exists)
+                dy *= gate * sigmoid
+            dscale += dy * normed
+            dy *= program.scale
+            mean = jnp.sum(dy * normed, axis=-1, keepdims=True) / inputs.scale.shape[0]
+            do = rms * (dy - normed * mean)
+            program.store(do_ref, token, do, exists)
         for choice, (o, _) in enumerate(slots):
             at = dweights_ref.at[program.batch, token, jnp.int32(choice), group]
             plgpu.store(at, jnp.sum(jnp.sum(do * o, axis=1), axis=0), mask=exists)
         return dscale
 
-    dscale = lax.fori_loop(0, options.config.tile, body, jnp.zeros((num_heads, program.columns.shape[1])))
+    zeros = None if program.scale is None else jnp.zeros((num_heads, program.columns.shape[1]))
+    dscale = lax.fori_loop(0, options.config.tile, body, zeros)
+    if dscale is None:
+        return
     at = dscale_ref.at[program.batch, pl.program_id(1), program.heads, program.columns]
     plgpu.store(at, dscale, mask=program.mask)
 

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.handover import final_states_of
 from pallas_kernels.segments import Segments, where_real
 from pallas_kernels.triton import per_key, spans
 from pallas_kernels.triton.chunks import CHUNK, Decays, Layout
 from pallas_kernels.triton.gradients import gradients
 from pallas_kernels.triton.prepare import prepare
+from pallas_kernels.triton.scan import local_states
 
 CHUNK_MATRICES = "chunk_matrices"  # the name of P and T for policies of jax.checkpoint
 
@@ -115,10 +117,8 @@ def _backward(options, saved, cotangents):
 _recurrence.defvjp(_forward, _backward, optimize_remat=True)
 
 
-def gated_delta_rule(
-    q, k, v, log_decay, beta, *, segments: Segments, run_ids, initial_state, scale, interpret, num_spans=None
-):  # fmt: skip
-    """See :func:`pallas_kernels.api.gated_delta_rule`; ``beta`` None is linear attention, ``num_spans`` see spans.py."""
+def _prepare(q, k, log_decay, beta, segments: Segments, run_ids, scale, interpret):
+    """The layout, and as the kernels take them the cumulative log-decay, beta, and P and T."""
     batch, num_slots, heads = q.shape[:3]
     real = segments.is_real(num_slots)
 
@@ -134,7 +134,14 @@ def gated_delta_rule(
     beta = None if beta is None else by_head(beta)
     # Outside of what is differentiated, and named, so that a policy of jax.checkpoint can save them: they are small.
     matrices = prepare(*jax.lax.stop_gradient((q, k, g, beta)), layout, scale=scale, interpret=interpret)
-    matrices = checkpoint_name(matrices, CHUNK_MATRICES)
+    return layout, g, beta, checkpoint_name(matrices, CHUNK_MATRICES)
+
+
+def gated_delta_rule(
+    q, k, v, log_decay, beta, *, segments: Segments, run_ids, initial_state, scale, interpret, num_spans=None
+):  # fmt: skip
+    """See :func:`pallas_kernels.api.gated_delta_rule`; ``beta`` None is linear attention, ``num_spans`` see spans.py."""
+    layout, g, beta, matrices = _prepare(q, k, log_decay, beta, segments, run_ids, scale, interpret)
     num_spans = num_spans or spans.default_spans(k, v, segments, is_delta=beta is not None)
     return _recurrence(Options(scale, num_spans, interpret), Inputs(q, k, v, g, beta, initial_state, *matrices, layout))
 
@@ -152,3 +159,16 @@ def linear_attention(
     num_spans = num_spans or spans.default_spans(k, v, segments, is_delta=False)
     inputs = Inputs(q, k, v, log_decay.astype(jnp.float32), None, initial_state, None, None, layout)
     return _recurrence(Options(scale, num_spans, interpret), inputs)
+
+
+def final_states(q, k, v, log_decay, beta, *, segments: Segments, run_ids, initial_state, scale, interpret):
+    """See :func:`pallas_kernels.handover.final_states_of`: a scan that only follows the state."""
+    if log_decay is not None and log_decay.ndim == 4:
+        return final_states_of(lambda *arrays, **how: linear_attention(*arrays[:-1], **how))(
+            q, k, v, log_decay, beta, segments=segments, run_ids=run_ids, initial_state=initial_state, scale=scale,
+            interpret=interpret,
+        )  # fmt: skip
+    layout, g, beta, (_, inverse) = _prepare(q, k, log_decay, beta, segments, run_ids, scale, interpret)
+    lengths = jnp.broadcast_to(layout.lengths[:, None], (len(q), q.shape[2], layout.lengths.shape[1]))
+    decays = Decays.of(g, layout.run, q.shape[2])
+    return local_states(k, v, decays, beta, None, inverse, initial_state, lengths, layout, interpret=interpret)
