@@ -249,7 +249,8 @@ def test_a_piece_with_a_state_and_a_token_after_it():
 def test_generation_draws_the_tokens_of_one_device():
     """From a training state as it lies, with rows that the devices cannot share: as train_lm.py does at its end."""
     config, params, variables, batch = case("mom")
-    prompts, settings = [batch["tokens"][0, :n] for n in (1, 9, 66)], dict(max_new_tokens=5, sampling=Sampling(0.8, top_k=40))
+    prompts = [batch["tokens"][0, :n] for n in (1, 9, 66)]
+    settings = dict(max_new_tokens=5, sampling=Sampling(0.8, top_k=40))
     expected, mesh = generate(bind(config, params, variables), prompts, **settings), make_mesh(MeshConfig(**MESHES["three"]))
     with use_mesh(mesh):
         params = jax.device_put(params, shardings(mesh, parameter_specs(params)))
