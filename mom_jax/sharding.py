@@ -50,9 +50,9 @@ PARAMETER_AXES = {
 }  # fmt: skip
 
 
-# Names for policies of jax.checkpoint: gathered weights, which take the memory that fsdp is to save, and the results of
-# collectives over activations, which take little for what they cost to compute again.
-GATHERED, EXCHANGED = "gathered_weights", "exchanged_activations"
+# The name, for policies of jax.checkpoint, of activations that a collective gave. Gathered weights are not to be kept: they
+# take the memory that fsdp is to save.
+EXCHANGED = "exchanged_activations"
 
 
 def spec(letters: str, shape: tuple[int, ...] | None = None, axes: dict[str, tuple[str, ...]] = MESH_AXES) -> PartitionSpec:
@@ -98,7 +98,7 @@ def gather_over_fsdp(params: Any, specs: Any) -> Any:
     def gather(x, of_x):
         if "fsdp" not in of_x or jax.lax.axis_size("fsdp") == 1:
             return x
-        return checkpoint_name(jax.lax.all_gather(x, "fsdp", axis=tuple(of_x).index("fsdp"), tiled=True), GATHERED)
+        return jax.lax.all_gather(x, "fsdp", axis=tuple(of_x).index("fsdp"), tiled=True)
 
     return jax.tree.map(gather, params, specs)
 
