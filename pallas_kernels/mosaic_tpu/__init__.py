@@ -5,7 +5,7 @@ from pallas_kernels.mosaic_tpu.grouped_matmul import grouped_matmul
 from pallas_kernels.mosaic_tpu.recurrence import gated_delta_rule, linear_attention
 
 OPS = ("gated_delta_rule", "grouped_matmul", "linear_attention")
-__all__ = [*OPS, "unsupported_reason"]
+__all__ = ["gated_delta_rule", "grouped_matmul", "linear_attention", "unsupported_reason"]
 
 
 # Generations for which the kernels are compiled (v4, v5e, v5p, v6e, 7x). All but the v4 have 64 MiB of VMEM or more.

@@ -17,7 +17,8 @@ from pallas_kernels.chunked import CHUNK, Chunks
 from pallas_kernels.mosaic_tpu import chunk
 from pallas_kernels.segments import Segments, states_or_zeros, where_real
 
-STATE_BYTES = 2**19  # of the heads that a program works on together, so that their products hide each other's latency
+# Largest state for which a program works on two heads together, whose products then hide each other's latency.
+STATE_OF_PAIRS = 256 * 256
 VMEM_BYTES = 2**26
 
 
@@ -114,8 +115,7 @@ class Blocks:
     def __init__(self, inputs: dict, layout: Layout, state_shape: tuple[int, ...], *, reverse: bool):
         batch, _, heads, key_width, value_width = state_shape
         self.chunks = layout.segment.shape[1]
-        fits = (n for n in range(1, heads + 1) if heads % n == 0 and 4 * n * max(key_width, CHUNK) * max(value_width, CHUNK) <= STATE_BYTES)
-        self.heads = max(fits, default=1)
+        self.heads = 2 if heads % 2 == 0 and max(key_width, CHUNK) * value_width <= STATE_OF_PAIRS else 1
         self.grid, self.reverse = (batch, heads // self.heads, self.chunks), reverse
         self.run = pl.BlockSpec((None, None, 1, CHUNK), lambda b, h, n, *where: (b, self._chunk(b, n, *where), 0, 0))
         self.state = pl.BlockSpec((None, None, self.heads, key_width, value_width), self._state_index)
