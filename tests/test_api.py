@@ -19,7 +19,7 @@ INTERPRETED_CASES = (
     "T65", "ragged_runs", "empty_memory", "repeated_keys", "wide", "ragged_runs_per_key",
     "ragged_runs_without_decay", "strong_decay_per_key",
 )  # fmt: skip
-IMPLEMENTATIONS = ("reference", "chunked", pytest.param("triton", marks=pytest.mark.gpu), "interpreted")
+IMPLEMENTATIONS = ("reference", "chunked", pytest.param("triton", marks=pytest.mark.gpu), "interpreted", "mosaic_tpu")
 
 
 def calls(cases):
@@ -37,10 +37,10 @@ def _calls(cases):
 
 
 def options(implementation):
-    """Arguments of the api: "interpreted" is Triton in the interpreter."""
+    """Arguments of the api: "interpreted" is Triton in the interpreter, in which the TPU's kernels always run."""
     if implementation == "interpreted":
         return {"implementation": "triton", "interpret": True}
-    return {"implementation": implementation}
+    return {"implementation": implementation, "interpret": implementation == "mosaic_tpu"}
 
 
 def run_op(op, inputs, implementation):
