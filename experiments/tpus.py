@@ -92,7 +92,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 def kernels(hlo: str) -> dict[str, int]:
     """How often each kernel is in the text of a compiled program, XLA's ragged-dot too; a loop's body counts once."""
     calls = [line for line in hlo.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    names = [re.search(r'op_name="[^"]*?(?:(ragged-dot-\w+)|(\w+)\)*/pallas_call)"', line) for line in calls]
+    names = [re.search(r'op_name="[^"]*?(?:(ragged-dot)-(?!metadata)[\w-]+|(\w+)\)*/pallas_call)"', line) for line in calls]
     return dict(collections.Counter(name[1] or name[2] for name in names if name))
 
 

@@ -116,7 +116,8 @@ def gated_delta_rule(
         belongs to the run of the segment's first token.
       initial_state: float32 states before each segment; None: zeros.
       scale: factor of q, a Python number; None: K^-1/2.
-      implementation: "triton" (NVIDIA GPUs), "chunked", "reference" or None (the first of them that supports the call).
+      implementation: "triton" (NVIDIA GPUs), "mosaic_tpu" (TPUs), "chunked", "reference" or None (the first of them that
+        supports the call).
       interpret: run Pallas kernels in the interpreter; nothing to implementations in plain JAX.
 
     Returns:

@@ -60,7 +60,7 @@ def test_collectives_count_as_often_as_their_loop_runs():
 
 
 def test_kernels_are_found_by_name():
-    assert tpus.kernels(PROGRAM) == {"recurrence": 2, "ragged-dot-none": 1, "recurrence_grad": 1}
+    assert tpus.kernels(PROGRAM) == {"recurrence": 2, "ragged-dot": 1, "recurrence_grad": 1}
 
 
 def test_what_is_not_given_comes_from_the_topology():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, Case, make_inputs
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from models import small
 from numerics import LIMITS, assert_close
@@ -23,6 +24,7 @@ from test_triton_lowering import model_gradient, op_with_gradients
 from mom_jax.config import MeshConfig
 from pallas_kernels import api
 from pallas_kernels.api import Segments
+from pallas_kernels.mosaic_tpu import recurrence
 
 KINDS = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x")
 
@@ -46,6 +48,18 @@ def test_slots_before_the_first_segment():
     inputs = make_inputs(Case("between", ((70, 60, 0), (0, 0, 1)), initial_state=True, spare=128))
     lengths = jnp.array([[70, 60, 0], [0, 0, 0]])
     inputs["segments"] = Segments(jnp.array([[64, 192, 256, 256], [64, 64, 64, 64]]), lengths)
+    actual = run_op("gated_delta_rule", inputs, "mosaic_tpu")
+    assert_close(actual, run_op("gated_delta_rule", inputs, "reference"), LIMITS["float32"])
+
+
+def test_in_a_model_of_the_memory_of_a_tpu(monkeypatch):
+    """Pallas's own model of a TPU: blocks are copied as the pipeline does, and what nobody has written is NaN."""
+    params = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
+    forward = recurrence._forward
+    op = jax.custom_vjp(lambda *args: forward(*args, save=False)[0], nondiff_argnums=(0,))
+    op.defvjp(forward, recurrence._backward)  # optimize_remat refuses the callbacks of which the model is made
+    monkeypatch.setattr(recurrence, "_recurrence", lambda options, *args: op(options._replace(interpret=params), *args))
+    inputs = make_inputs(Case("ragged", ((70, 3, 0),), heads=1, runs=True, initial_state=True, spare=64))
     actual = run_op("gated_delta_rule", inputs, "mosaic_tpu")
     assert_close(actual, run_op("gated_delta_rule", inputs, "reference"), LIMITS["float32"])
 
