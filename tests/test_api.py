@@ -37,10 +37,11 @@ def _calls(cases):
 
 
 def options(implementation):
-    """Arguments of the api: "interpreted" is Triton in the interpreter, in which the TPU's kernels always run."""
+    """Arguments of the api: "interpreted" is Triton in the interpreter, where the TPU's kernels run but on a TPU."""
     if implementation == "interpreted":
         return {"implementation": "triton", "interpret": True}
-    return {"implementation": implementation, "interpret": implementation == "mosaic_tpu"}
+    interpret = implementation == "mosaic_tpu" and jax.default_backend() != "tpu"
+    return {"implementation": implementation, "interpret": interpret}
 
 
 def run_op(op, inputs, implementation):

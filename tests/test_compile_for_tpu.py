@@ -1,19 +1,22 @@
-"""Compilation for TPUs: what is read out of a compiled program, the settings, and, where libtpu is, a whole step."""
+"""Compilation for TPUs: what is read out of a compiled program, the settings, and, where libtpu is, kernels and a step."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import compile_for_tpu  # noqa: E402
+import compile_kernels_for_tpu  # noqa: E402
 import tpus  # noqa: E402
 from compile_for_tpu import CompileForTPU  # noqa: E402
 from models import small  # noqa: E402
 
 from mom_jax.config import MeshConfig, TrainConfig  # noqa: E402
+from mom_jax.sharding import make_mesh  # noqa: E402
 
 has_libtpu = importlib.util.find_spec("libtpu") is not None
 
@@ -74,6 +77,24 @@ def test_what_is_not_given_comes_from_the_topology():
         CompileForTPU(batch_size=0)
 
 
+def test_a_mesh_of_other_devices():
+    devices = jax.devices()[2:6]
+    mesh = make_mesh(MeshConfig(data=2, memory=2), devices=devices)
+    assert set(mesh.devices.flat) == set(devices)
+    with pytest.raises(ValueError, match="there are 4 devices"):
+        make_mesh(MeshConfig(data=8), devices=devices)
+
+
+def test_every_op_is_compiled_with_every_decay():
+    works = compile_kernels_for_tpu.works((64, 128))
+    kernels = {(work["op"], work["decay"], work["width"]) for work in works if work["implementation"] == "mosaic_tpu"}
+    for op in ("gated_delta_rule", "linear_attention"):
+        assert {(op, "head", 64), (op, "head", 128), (op, "key", 128)} <= kernels
+    for work in {work["op"]: work for work in works}.values():  # their arguments fit the ops
+        function, arguments = compile_kernels_for_tpu.function_of(work | {"implementation": "chunked"})
+        jax.eval_shape(function, *arguments)
+
+
 @pytest.mark.skipif(has_libtpu, reason="libtpu is there")
 def test_without_libtpu_it_says_what_to_install():
     with pytest.raises(ModuleNotFoundError, match="make tpu-check"):
@@ -84,6 +105,8 @@ def test_without_libtpu_it_says_what_to_install():
 def test_a_step_compiles_and_bad_topologies_are_named(tmp_path):
     with pytest.raises(ValueError, match="topology = 'v9:2x2' is not allowed: GENERATION:CHIPS"):
         tpus.topology_devices("v9:2x2")
+    work = {"op": "gated_delta_rule", "implementation": "mosaic_tpu", "dtype": "float32", "decay": "head", "width": 64}
+    assert compile_kernels_for_tpu.compile_work(work, tpus.topology_devices("v5e:2x2")[0])["result"] == "compiled"
     model = small(num_layers=1, hidden_size=128, head_dim=64, expand_v=1.0)
     figures = compile_for_tpu.main(
         CompileForTPU("v5e:2x2", model, MeshConfig(data=2, fsdp=2), sequence_length=128, output=str(tmp_path))

@@ -1,4 +1,4 @@
-"""The TPU's kernels: in the interpreter against the reference over the whole table of cases, and lowered for TPUs.
+"""The TPU's kernels: against the reference over the whole table of cases, in the interpreter but on a TPU, and lowered.
 
 What test_api.py holds of every implementation (pieces, rubbish in dead slots, empty segments, grouped matmul) it holds of
 this one too.
@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from models import small
 from numerics import LIMITS, assert_close
-from test_api import BFLOAT16_CASES, OPS, run_op
+from test_api import BFLOAT16_CASES, OPS, options, run_op
 from test_triton_lowering import model_gradient, op_with_gradients
 
 from mom_jax.config import MeshConfig
@@ -69,7 +69,7 @@ def test_rematerialised_gradients_are_the_same():
     arrays = [inputs[name] for name in ("q", "k", "v", "log_decay", "beta")]
 
     def loss(*arrays):
-        o, state = api.gated_delta_rule(*arrays, implementation="mosaic_tpu", interpret=True)
+        o, state = api.gated_delta_rule(*arrays, **options("mosaic_tpu"))
         return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state))
 
     expected, actual = (jax.jit(jax.grad(f, argnums=range(5)))(*arrays) for f in (loss, jax.checkpoint(loss)))
@@ -137,6 +137,6 @@ def test_grouped_matmul_of_unused_chunks_is_zero():
     """Rows in no group hold what ragged_dot pleases."""
     segments = Segments(jnp.array([[64, 128, 192]]), jnp.array([[3, 64]]))
     x, w = jnp.full((1, 320, 16), jnp.nan).at[:, 64:192].set(1.0), jnp.ones((2, 16, 16))
-    y = np.asarray(api.grouped_matmul(x, w, segments, implementation="mosaic_tpu", interpret=True))[0, :, 0]
+    y = np.asarray(api.grouped_matmul(x, w, segments, **options("mosaic_tpu")))[0, :, 0]
     assert (y[:64] == 0).all() and (y[67:128] == 0).all() and (y[192:] == 0).all()
     assert (y[64:67] == 16).all() and (y[128:192] == 16).all()
