@@ -1,12 +1,14 @@
-# The two commands: make train, make test. A GPU or TPU user passes EXTRA=cuda13 or EXTRA=tpu.
+# The two commands: make train, make test. A GPU or TPU user passes EXTRA=cuda13 or EXTRA=tpu. make tpu-check needs no TPU.
 EXTRA ?= cpu
 PYTHON := .venv/bin/python
 DATA := data/shakespeare
 RUN := runs/shakespeare
+TPU_PYTHON := .venv-tpu/bin/python
+TPU_RESULTS ?= runs/tpu
 # An interpreter to make .venv with: pyenv and uv read .python-version by themselves.
 BASE_PYTHON ?= $(firstword $(shell command -v python3.12) $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) python3)
 
-.PHONY: install train test clean
+.PHONY: install train test tpu-check clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -31,5 +33,19 @@ test: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
+# An environment of its own: where libtpu is installed, JAX looks for a TPU in every program.
+.venv-tpu/installed: setup.cfg pyproject.toml
+	test -x $(TPU_PYTHON) || $(BASE_PYTHON) -m venv .venv-tpu
+	$(TPU_PYTHON) -m pip install --quiet --editable '.[tpu]'
+	touch $@
+
+# Compiles for TPUs with libtpu, which needs none: every kernel for five generations, mom_1_3b's training step for two.
+tpu-check: .venv-tpu/installed
+	$(TPU_PYTHON) experiments/compile_kernels_for_tpu.py --output $(TPU_RESULTS)
+	for topology in v5e:4x4 v5p:2x2x2; do \
+	    $(TPU_PYTHON) experiments/compile_for_tpu.py --topology $$topology --preset mom_1_3b --batch-size 64 \
+	        --output $(TPU_RESULTS) || exit 1; \
+	done
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-tpu

@@ -61,9 +61,11 @@ def device_figures(timing: Timing) -> dict:
 
 
 def title(figures: dict) -> str:
+    start = f"{figures['device']}, jax {figures['jax']}, {figures['date']}"
+    if "matmul_flops_per_s" not in figures:  # compiled only
+        return start
     matmul, copy = figures["matmul_flops_per_s"] / 1e12, figures["copy_bytes_per_s"] / 1e12
-    rates = f"matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} TB/s"
-    return f"{figures['device']}, jax {figures['jax']}, {figures['date']}: {rates}"
+    return f"{start}: matmul {matmul:.3g} TFLOP/s, copy {copy:.3g} TB/s"
 
 
 def settings_of(config) -> dict:

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -148,14 +148,17 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     )  # fmt: skip
 
 
-def make_mesh(config: MeshConfig, model: ModelConfig | None = None) -> Mesh:
-    """The mesh that ``config`` asks for, over the first devices.
+def make_mesh(
+    config: MeshConfig, model: ModelConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh that ``config`` asks for, over the first of ``devices``; None: of those that there are.
 
     Raises:
       ValueError: the sizes do not fit the devices or the model; the message proposes sizes that do.
     """
+    devices = jax.devices() if devices is None else devices
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    needed, there = math.prod(sizes.values()), jax.device_count()
+    needed, there = math.prod(sizes.values()), len(devices)
     rest = {name: min(size, there) for name, size in sizes.items() if name != "data"}
     if math.prod(rest.values()) > there:
         rest = dict.fromkeys(rest, 1) | {"memory": min(config.memory, there)}
@@ -173,7 +176,7 @@ def make_mesh(config: MeshConfig, model: ModelConfig | None = None) -> Mesh:
             f"it must divide num_heads = {model.num_heads}",
         )  # fmt: skip
     return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=jax.devices()[:needed]
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
     )  # fmt: skip
 
 

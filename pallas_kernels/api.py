@@ -121,7 +121,8 @@ def gated_delta_rule(
       scale: factor of q, a Python number; None: K^-1/2.
       handover: inside ``shard_map``, how segments go on from device to device; the initial state is then the first device's
         and the final states are those after this device's part. None: they do not.
-      implementation: "triton" (NVIDIA GPUs), "chunked", "reference" or None (the first of them that supports the call).
+      implementation: "triton" (NVIDIA GPUs), "mosaic_tpu" (TPUs), "chunked", "reference" or None (the first of them that
+        supports the call).
       interpret: run Pallas kernels in the interpreter; nothing to implementations in plain JAX.
 
     Returns:

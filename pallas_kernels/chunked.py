@@ -14,6 +14,7 @@ Linear attention is the same with n = v. A run border inside a chunk cuts scores
 Names: the chunk axis is ``n``, its slots ``i`` and ``j``; arrays are [B, chunks, H, C, width].
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -87,24 +88,24 @@ class Chunks(NamedTuple):
         return decay if self.run is None else jnp.where(self.run[:, :, -1][..., None, None] == 0, decay, 0)
 
 
-@jax.custom_vjp
-def unit_lower_inverse(a: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def unit_lower_inverse(a: jax.Array, masked: int = BLOCK) -> jax.Array:
     """(I + A)^-1 for strictly lower triangular A, float32 [..., C, C] with C a power of two, by forward substitution.
 
     Blocks of 1, 2, 4 ... rows are merged: with X the inverse of the block diagonal and N the blocks below it that the next
     larger blocks take in, the merged inverse is X - X N X. Unlike products of powers of A it does not cancel for repeated
-    keys.
+    keys. Blocks of more than ``masked`` rows are cut out; smaller ones are masked in products of full size.
     """
     size = a.shape[-1]
-    if size > BLOCK:
+    if size > masked:
         half = size // 2
         upper, lower = a[..., :half, :half], a[..., half:, half:]
-        inverse = unit_lower_inverse(jnp.stack([upper, lower]))
+        inverse = unit_lower_inverse(jnp.stack([upper, lower]), masked)
         below = -_matmul(_matmul(inverse[1], a[..., half:, :half]), inverse[0])
         rows = [inverse[0], jnp.zeros_like(below)], [below, inverse[1]]
         return jnp.concatenate([jnp.concatenate(row, axis=-1) for row in rows], axis=-2)
-    row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
-    inverse = jnp.eye(size, dtype=a.dtype) - jnp.where((row // 2 == column // 2), a, 0)
+    row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    inverse = jnp.where(row == column, 1.0, 0.0) - jnp.where(row // 2 == column // 2, a, 0)
     block = 2
     while block < size:
         merged = (row // (2 * block) == column // (2 * block)) & (row // block != column // block)
@@ -117,12 +118,12 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _inverse_forward(a):
-    inverse = unit_lower_inverse(a)
+def _inverse_forward(a, masked):
+    inverse = unit_lower_inverse(a, masked)
     return inverse, inverse
 
 
-def _inverse_backward(inverse, cotangent):
+def _inverse_backward(masked, inverse, cotangent):
     transposed = inverse.mT
     grad = -_matmul(_matmul(transposed, cotangent), transposed)
     return (jnp.where(jnp.tri(inverse.shape[-1], k=-1, dtype=bool), grad, 0),)

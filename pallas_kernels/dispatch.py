@@ -3,18 +3,17 @@
 from functools import partial
 from types import ModuleType
 
-from pallas_kernels import chunked, reference, triton
+from pallas_kernels import chunked, mosaic_tpu, reference, triton
 
 # In the order in which None tries them.
-IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "chunked": chunked, "reference": reference}
-PALLAS = ("triton",)
-PLANNED = ("mosaic_tpu",)
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "triton": triton, "mosaic_tpu": mosaic_tpu, "chunked": chunked, "reference": reference,
+}  # fmt: skip
+PALLAS = ("triton", "mosaic_tpu")
 
 
 def unsupported_reason(op: str, implementation: str, arrays: dict, *, interpret: bool = False) -> str | None:
     """Why ``implementation`` cannot run ``op`` on ``arrays`` (its arguments by name) here; None if it can."""
-    if implementation in PLANNED:
-        return f"the {implementation} implementation of {op} is not written yet"
     if implementation not in IMPLEMENTATIONS:
         return f"there is no such implementation; choose one of {', '.join(IMPLEMENTATIONS)} or None"
     if implementation in PALLAS:
@@ -40,8 +39,7 @@ def choose(op: str, implementation: str | None, arrays: dict, interpret: bool, a
             if name in PALLAS:
                 functions = [partial(function, interpret=interpret) for function in functions]
             return tuple(functions) if also else functions[0]
-    is_known = not named or implementation in PLANNED or implementation in IMPLEMENTATIONS
-    error = NotImplementedError if is_known else ValueError
+    error = NotImplementedError if not named or implementation in IMPLEMENTATIONS else ValueError
     raise error(f"{op}: implementation = {implementation!r}: {'; '.join(map(str, reasons.values()))}")
 
 

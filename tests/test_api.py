@@ -19,7 +19,7 @@ INTERPRETED_CASES = (
     "T65", "ragged_runs", "empty_memory", "repeated_keys", "wide", "ragged_runs_per_key",
     "ragged_runs_without_decay", "strong_decay_per_key",
 )  # fmt: skip
-IMPLEMENTATIONS = ("reference", "chunked", pytest.param("triton", marks=pytest.mark.gpu), "interpreted")
+IMPLEMENTATIONS = ("reference", "chunked", pytest.param("triton", marks=pytest.mark.gpu), "interpreted", "mosaic_tpu")
 
 
 def calls(cases):
@@ -37,10 +37,11 @@ def _calls(cases):
 
 
 def options(implementation):
-    """Arguments of the api: "interpreted" is Triton in the interpreter."""
+    """Arguments of the api: "interpreted" is Triton in the interpreter, where the TPU's kernels run but on a TPU."""
     if implementation == "interpreted":
         return {"implementation": "triton", "interpret": True}
-    return {"implementation": implementation}
+    interpret = implementation == "mosaic_tpu" and jax.default_backend() != "tpu"
+    return {"implementation": implementation, "interpret": interpret}
 
 
 def run_op(op, inputs, implementation):

@@ -59,7 +59,8 @@ SOME = ("ragged_without_decay", "ragged_runs", "ragged_runs_per_key")  # for wha
     [("gated_delta_rule", "chunked", case) for case in CASES]
     + [("linear_attention", "chunked", case) for case in CASES if case.id in SOME]
     + [("gated_delta_rule", "triton", case) for case in CASES if case.id in SOME[:2]]
-    + [("linear_attention", "triton", case) for case in CASES if case.id in SOME],
+    + [("linear_attention", "triton", case) for case in CASES if case.id in SOME]
+    + [("gated_delta_rule", "mosaic_tpu", case) for case in CASES if case.id in SOME[1:2]],
     ids=str,
 )
 def test_outputs_states_and_gradients_are_those_of_one_device(op, implementation, case, rng):

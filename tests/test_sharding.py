@@ -110,7 +110,8 @@ def on_one_device(name):
     ("name", "mesh"),
     [("mom", mesh) for mesh in ("data", "fsdp", "memory", "tensor")] + [("packed", mesh) for mesh in ("two", "three")]
     + [("single_memory", mesh) for mesh in ("data", "tensor")] + [("single_kv", mesh) for mesh in ("memory", "three")]
-    + [("not_shared", "three"), ("hybrid", "three"), ("bfloat16", "without_memory")],
+    + [("not_shared", "three"), ("hybrid", "three"), ("bfloat16", "without_memory")]
+    + [("packed", "sequence"), ("single_kv", "long"), ("hybrid", "long")],
 )  # fmt: skip
 def test_a_mesh_gives_the_gradients_and_metrics_of_one_device(name, mesh):
     config, params, variables, batch = case(name)
@@ -135,16 +136,16 @@ METRICS = 2048  # bytes enough for all of a step
 
 
 @cache
-def train_program(**sizes):
+def train_program(rows=B, length=LENGTH, **sizes):
     """A training step of a wider model, compiled for devices of the mesh, or one, and the bytes of its parameters: of those
     that fsdp splits in a layer and outside of the layers, and of all others. The cross-entropy has two chunks."""
     config = small(
         hidden_size=WIDTH, head_dim=32, expand_v=1.0, num_heads=4, vocab_size=256, intermediate_size=96, remat="dots"
     )  # fmt: skip
-    train, mesh = TrainConfig(loss_chunk=LENGTH // 2), make_mesh(MeshConfig(**sizes), config)
+    train, mesh = TrainConfig(loss_chunk=length // 2), make_mesh(MeshConfig(**sizes), config)
     with use_mesh(mesh):
-        of_rows = NamedSharding(mesh, spec("b"))
-        batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((B, LENGTH), jnp.int32, sharding=of_rows))
+        of_tokens = NamedSharding(mesh, spec("bt"))
+        batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=of_tokens))
         step, state = jax.jit(make_train_step(config, train), donate_argnums=0), abstract_state(config, train, mesh)
         program = step.lower(state, batch).compile()
     parameters = {"layer": 0, "outside": 0, "others": 0}
@@ -176,6 +177,22 @@ def sent(program, kind, **which):
         size for collective in collectives(program) for size in collective.bytes
         if collective.kind == kind and all(getattr(collective, name) == value for name, value in which.items())
     ]  # fmt: skip
+
+
+def test_tokens_of_a_row_are_shared_and_only_states_handed_on():
+    """The second pass over tokens, which only follows the states, is part of the work. Every device gets the states and
+    transitions of all parts, forward and again in the backward pass, and what comes back; of tokens only the convolutions'
+    inputs."""
+    shape = dict(rows=2, length=2048)
+    (program, _), (whole, _) = train_program(**shape, sequence=4), train_program(**shape)
+    assert program.cost_analysis()["flops"] < 0.36 * whole.cost_analysis()["flops"]
+    memories, matrix = 2 * 5 * 4, 4 * 32 * 32  # of all rows, memories and heads
+    gathered = sorted(sent(program, "all-gather"), reverse=True)
+    assert gathered[:3] == [4 * memories * 2 * matrix] * 2 + [4 * memories * matrix]
+    assert max(gathered[3:]) <= 4 * memories * 3 * 4 * 32  # W - 1 inputs
+    activations = 4 * 2 * 2048 * WIDTH // 4
+    assert max(sent(program, "all-reduce") + sent(program, "reduce-scatter")) < activations
+    assert not sent(program, "all-to-all") + sent(program, "collective-permute")
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"data": 2, "fsdp": 2}])
@@ -297,4 +314,4 @@ def test_meshes_that_do_not_fit_are_refused_with_advice(config, message):
 
 def test_a_mesh_of_some_devices():
     mesh = make_mesh(MeshConfig(data=2, memory=2), small())
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "memory": 2, "tensor": 1} and mesh.devices.size == 4
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "memory": 2, "tensor": 1, "sequence": 1} and mesh.devices.size == 4

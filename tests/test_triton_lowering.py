@@ -78,7 +78,7 @@ def kernels(lowered) -> collections.Counter:
     return counts
 
 
-def op_with_gradients(op, decay, dtype, key, value, batch=2, num_slots=256, count=3):
+def op_with_gradients(op, decay, dtype, key, value, batch=2, num_slots=256, count=3, implementation="triton"):
     """A function of the op and all its gradients over ragged segments with runs, and its arguments' shapes."""
     heads = 2
 
@@ -94,7 +94,7 @@ def op_with_gradients(op, decay, dtype, key, value, batch=2, num_slots=256, coun
     def function(arrays, state, segments, run_ids, cotangents):
         def run(arrays, state):
             return getattr(api, op)(
-                *arrays, segments=segments, run_ids=run_ids, initial_state=state, implementation="triton"
+                *arrays, segments=segments, run_ids=run_ids, initial_state=state, implementation=implementation
             )  # fmt: skip
 
         outputs, pull = jax.vjp(run, arrays, state)

@@ -1,11 +1,9 @@
 """Pallas kernels on the Triton backend, for NVIDIA GPUs: the ops of the other implementations, and what they cannot do."""
 
-import jax
-
+from pallas_kernels.device import current_device, spread_reason
 from pallas_kernels.triton.cross_entropy import linear_cross_entropy
 from pallas_kernels.triton.gated_rms_norm import combine, combine_gated_rms_norm
 from pallas_kernels.triton.grouped_matmul import grouped_matmul
-from pallas_kernels.triton.launch import current_device
 from pallas_kernels.triton.recurrence import CHUNK_MATRICES, final_states, gated_delta_rule, linear_attention
 from pallas_kernels.triton.short_convolution import short_convolution
 from pallas_kernels.triton.stacked_matmul import MOST_ROWS, stacked_matmul
@@ -29,16 +27,11 @@ def unsupported_reason(op: str, arrays: dict, *, interpret: bool) -> str | None:
 
 def _device_reason(arrays: dict) -> str | None:
     platform, _, capability = current_device()
-    mesh = jax.sharding.get_abstract_mesh()
     if platform != "gpu":
         return f"it needs an NVIDIA GPU or interpret=True, and the platform is {platform}"
     if capability not in (*CAPABILITIES, None):
         return f"it needs an NVIDIA GPU of compute capability {', '.join(CAPABILITIES)}; this is {capability}"
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
-        return "over several devices it runs inside of shard_map only: outside every device would do all the work"
-    if any(getattr(jax.typeof(x), "vma", None) for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)):
-        return "inside shard_map it needs check_vma=False"
-    return None
+    return spread_reason(arrays)
 
 
 def _shape_reason(op: str, arrays: dict) -> str | None:

@@ -10,6 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.device import current_device
+
 # Given when a program is lowered, so outside our reach but for a filter; README.md says what the way out is.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
@@ -31,20 +33,6 @@ class KernelConfig:
     tile: int
     num_warps: int = 4
     num_stages: int = 2
-
-
-def current_device() -> tuple[str, str, str | None]:
-    """Platform, kind and compute capability of the device that is computed or compiled for.
-
-    The capability is None for what is no NVIDIA GPU, or is compiled for without being here.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:  # a mesh knows the kind only; its capability is that of the devices of this kind here
-        device = next((here for here in jax.devices() if here.device_kind == device.device_kind), device)
-    else:
-        device = jax.config.jax_default_device
-        device = device if isinstance(device, jax.Device) else jax.devices(device)[0]
-    return device.platform, device.device_kind, getattr(device, "compute_capability", None)
 
 
 def launch(
