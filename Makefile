@@ -6,7 +6,7 @@ RUN := runs/shakespeare
 # An interpreter to make .venv with: pyenv and uv read .python-version by themselves.
 BASE_PYTHON ?= $(firstword $(shell command -v python3.12) $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) python3)
 
-.PHONY: install train test clean
+.PHONY: install train test test-faults clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -30,6 +30,12 @@ train: install $(DATA)/train.json
 test: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+
+# Kills, full disks, damages, false clocks: trials and losses go to runs/faults.json.
+TRIALS ?= 5
+test-faults: install
+	$(PYTHON) -m pytest -q -m 'faults or not faults' --trials $(TRIALS) --fault-report runs/faults.json \
+	    tests/test_faults.py
 
 clean:
 	rm -rf .venv

@@ -35,6 +35,8 @@ ITEM_FILES = "*/*"  # of any depth, as fnmatch reads it; not those at the top, w
 RUN = "run/metadata"
 DATA_ITERATOR = "data_iterator"
 TEMPORARY = ".orbax-checkpoint-tmp"
+LONGEST_SAVE = 10**8
+"""Seconds: no limit. Orbax measures them on the wall clock, and a save must not fail because somebody sets that."""
 
 
 class Checkpoints(AbstractContextManager):
@@ -61,7 +63,9 @@ class Checkpoints(AbstractContextManager):
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.options.AsyncOptions(
+                    LONGEST_SAVE, post_finalization_callback=self._write_checksums, create_directories_asynchronously=False
+                ),
             ),
         )
 

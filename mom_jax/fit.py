@@ -154,12 +154,14 @@ class _Loop:
                     valid_loss = self.evaluate(step, state)
                     bar.update(step, valid_loss=valid_loss)
                 if is_last or step % train.checkpoint_every == 0:
+                    self.await_save(saved)
                     self.save(step, state, valid_loss)
                     saved = step
                 if pending is None:
                     bar.restart_clock()
+                if is_last:
+                    self.await_save(saved)
                 if stopped_by is not None:
-                    self.checkpoints.wait()
                     bar.write(f"{stopped_by}: saved step {step}; the same command continues from there")
                     break
         except FloatingPointError as error:
@@ -172,7 +174,7 @@ class _Loop:
 
     def report(self, step: int, metrics: Metrics, bar: ProgressBar) -> None:
         """Checks and records a finished step."""
-        metrics = self.peers.fetch(metrics, f"step {step}")
+        metrics = self.peers.fetch(metrics, "step", step)
         for name in ("loss", "grad_norm", "param_norm"):
             if not np.isfinite(metrics[name]):
                 raise FloatingPointError(f"step {step}: the {name} is {metrics[name]}")
@@ -197,11 +199,14 @@ class _Loop:
     def evaluate(self, step: int, state: State) -> float:
         batches = itertools.islice(self.valid_data(), self.train.eval_batches)
         placed = (place(batch, self.mesh) for batch in batches)
-        fetch = functools.partial(self.peers.fetch, what=f"the evaluation at step {step}")
+        fetch = functools.partial(self.peers.fetch, program="the evaluation at step", step=step)
         result = evaluate(self.eval_step, state, placed, fetch)
         self.load = result.pop("load")
         self.record(step, "valid", **result, **self.bits("valid", result["loss"]), load=self.load)
         return result["loss"]
+
+    def await_save(self, step: int) -> None:
+        self.peers.await_result(self.checkpoints.wait, "the save of step", step)
 
     def save(self, step: int, state: State, held_out_loss: float | None) -> None:
         self.checkpoints.save(

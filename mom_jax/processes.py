@@ -27,6 +27,8 @@ from mom_jax.sharding import spec
 
 MARGIN = 15
 """Seconds that JAX's own limits, which abort without saying what to do, come after ours."""
+COMPILATION = 600
+"""Seconds more that the first step, evaluation and save may take: not all processes compile equally fast."""
 LONGEST_END = 1800
 """Seconds that the others wait for process 0, which draws pictures and samples at the end of a run."""
 
@@ -50,7 +52,7 @@ class DistributedConfig:
     join_timeout: int = 300
     """Seconds within which all processes must have started."""
     peer_timeout: int = 300
-    """Seconds that a step, its compilation included, may keep this process waiting for the others."""
+    """Seconds that a step may keep this process waiting for the others; the first has COMPILATION more."""
 
     def __post_init__(self):
         given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
@@ -192,18 +194,26 @@ class Peers:
         # Process 0 last: when it ends, JAX aborts the others before they have said why.
         last = 2.0 if jax.process_index() == 0 else 0.0
         self._timeout = None if jax.process_count() == 1 or timeout is None else timeout + last
-        self._kept = kept
+        self._kept, self._compiled = kept, set()
         self._me = f"process {jax.process_index()} of {jax.process_count()}"
 
-    def fetch(self, values: Any, what: str) -> Any:
-        """``jax.device_get`` of ``values``, which ``what`` computes."""
+    def fetch(self, values: Any, program: str, step: int) -> Any:
+        """``jax.device_get`` of what ``program`` computes at ``step``."""
+        return self.await_result(lambda: jax.device_get(values), program, step)
+
+    def await_result(self, result: Callable[[], Any], program: str, step: int) -> Any:
+        """``result()``, for which ``program`` needs the others at ``step``."""
+        limit = self._timeout
+        if limit is not None and program not in self._compiled:
+            self._compiled.add(program)
+            limit += COMPILATION
 
         def message():
-            limit = f"{what} has not ended within {self._timeout:g} s"
-            return f"{self._me}: {limit}: another process has died, or is late; see its log. {self._kept()}"
+            late = f"{program} {step} has not ended within {limit:g} s: another process has died, or is late; see its log"
+            return f"{self._me}: {late}; {self._kept()}"
 
-        with patience(self._timeout, message):
-            return jax.device_get(values)
+        with patience(limit, message):
+            return result()
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
@@ -214,7 +224,7 @@ class Peers:
             if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             lost = f"{self._me}: working with the others failed: {_first_line(error)}"
-            raise PeerLost(f"{lost}; see their logs. {self._kept()}") from error
+            raise PeerLost(f"{lost}; see their logs; {self._kept()}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -48,7 +48,7 @@ class StopSignal:
     def _wait(self):
         while number := os.read(self._heard, 1):
             if number[0] == signal.SIGTERM and not self._done.wait(self._deadline):
-                late = f"SIGTERM: the run has not saved within {self._deadline:g} s and ends without. {self._kept()}"
+                late = f"SIGTERM: the run has not saved within {self._deadline:g} s and ends; {self._kept()}"
                 end_now(late, 128 + signal.SIGTERM)
         os.close(self._heard)
 
