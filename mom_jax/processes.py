@@ -10,6 +10,7 @@ commands, on as many processes as there are then, continue from the last checkpo
 import contextlib
 import os
 import pickle
+import socket
 import sys
 import threading
 from collections import defaultdict
@@ -87,6 +88,8 @@ def join(config: DistributedConfig) -> None:
     which = "" if config.auto else f" {config.process_id} of {config.num_processes} at {config.coordinator}"
     late = f"process{which}: not all processes came together within {config.join_timeout} s; see the logs of the others"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself; see stopping.py
+    if config.process_id == 0:
+        _require_free(config.coordinator)
     try:
         with patience(config.join_timeout, late):
             jax.distributed.initialize(
@@ -102,6 +105,14 @@ def join(config: DistributedConfig) -> None:
         raise OSError(f"process{which} cannot join the others: {_first_line(error)}") from error
     if is_first():
         print(f"{jax.process_count()} processes with {jax.device_count()} devices", file=sys.stderr, flush=True)
+
+
+def _require_free(coordinator: str) -> None:
+    """``OSError`` if its port is taken: JAX then fails in ways that differ from time to time, crashes among them."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise OSError(f"process 0 cannot listen at {coordinator}: {error.strerror}") from error
 
 
 def is_first() -> bool:

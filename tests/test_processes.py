@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from workshop import STEPS, Workshop, assert_close_losses, last_step, saved_steps
 
-from mom_jax.processes import DistributedConfig
+from mom_jax.checkpoint import Checkpoints
+from mom_jax.processes import DistributedConfig, PeerLost, Peers
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ PROGRAM = """if True:
 
     join(DistributedConfig(**json.loads(sys.argv[1]), join_timeout=120))
     me, found = jax.process_index(), {}
-    for sizes in ({"data": 4}, {"fsdp": 4}, {"data": 2, "memory": 2}, {"memory": 4}, {"data": 2, "fsdp": 2}, {"data": 2}):
+    for sizes in json.loads(sys.argv[2]):
         try:
             found[json.dumps(sizes)] = row_share(make_mesh(MeshConfig(**sizes)))
         except ValueError as error:
@@ -71,7 +73,7 @@ PROGRAM = """if True:
     except KeyError as error:
         found["error"] = str(error)
     with StopSignal() as stop:
-        vote = Vote(stop, make_mesh(MeshConfig(data=4)))
+        vote = Vote(stop, make_mesh(MeshConfig(data=jax.device_count())))
         before = vote.outcome(vote.cast())
         if me == jax.process_count() - 1:
             signal.raise_signal(signal.SIGTERM)
@@ -80,11 +82,15 @@ PROGRAM = """if True:
 """
 
 
-def run_program(settings: list[dict], environments: list[dict], devices: int) -> list[dict]:
-    """What each process of PROGRAM found."""
+MESHES = ({"data": 4}, {"fsdp": 4}, {"data": 2, "memory": 2}, {"memory": 4}, {"data": 2, "fsdp": 2}, {"data": 2})
+
+
+def run_program(settings: list[dict], environments: list[dict], devices: int, meshes=MESHES) -> list[dict]:
+    """What each process of PROGRAM found, of ``devices`` devices each."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(own)], env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | extra,
+            [sys.executable, "-c", PROGRAM, json.dumps(own), json.dumps(meshes)],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | extra,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for own, extra in zip(settings, environments, strict=True)
@@ -132,12 +138,49 @@ def test_four_processes_agree(port):
         assert own["votes"] == [None, None, "SIGTERM"]
 
 
-def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path):
+def test_processes_that_share_some_rows_but_not_all_are_refused(port):
+    """Two processes of three devices; the second pair of devices of a row lies with both."""
+    settings = [{"coordinator": f"localhost:{port}", "num_processes": 2, "process_id": index} for index in range(2)]
+    for own in run_program(settings, [{}] * 2, devices=3, meshes=[{"data": 3, "memory": 2}]):
+        message = own['{"data": 3, "memory": 2}']
+        assert message.startswith("the mesh = {'data': 3, 'fsdp': 1, 'memory': 2, 'tensor': 1} is not allowed: the rows of")
+        assert message.endswith("divide the 3 devices of a process, or be a multiple of them")
+
+
+def test_a_coordinator_that_cannot_listen_is_named(workshop, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        flags = ["--distributed.coordinator", address, "--distributed.num-processes", "2", "--distributed.process-id=0"]
+        stderr = workshop.run(workshop.train("windows", tmp_path / "run", *flags), status=1).stderr
+    assert f"error: process 0 cannot listen at {address}: Address already in use" in stderr
+
+
+def test_a_failed_collective_is_a_lost_peer_and_its_save_is_not_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    peers = Peers(None, lambda: "the checkpoint of step 3 is kept")
+    with pytest.raises(PeerLost, match=r"^process 0 of 2: working with .* failed: Connection closed; .*; the checkpoint"):
+        with peers.raising():
+            raise jax.errors.JaxRuntimeError("Connection closed\nby peer")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), peers.raising():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    monkeypatch.undo()
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints, "wait", lambda: pytest.fail("it waits"))
+    monkeypatch.setattr(checkpoints._manager, "close", lambda: pytest.fail("it waits"))
+    with pytest.raises(PeerLost), checkpoints:
+        raise PeerLost
+    monkeypatch.undo()
+    checkpoints.close()
+
+
+def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path, port):
     flags = ["--distributed.num-processes", "2", "--distributed.process-id", "0", "--distributed.join-timeout", "1"]
-    command = workshop.train("windows", tmp_path / "run", "--distributed.coordinator", "localhost:1", *flags)
-    command[command.index("localhost:1")] = "localhost:45871"
+    command = workshop.train("windows", tmp_path / "run", "--distributed.coordinator", f"localhost:{port}", *flags)
     stderr = workshop.run(command, status=1).stderr
-    assert "process 0 of 2 at localhost:45871: not all processes came together within 1 s" in stderr
+    assert f"process 0 of 2 at localhost:{port}: not all processes came together within 1 s" in stderr
 
 
 # Training
