@@ -8,7 +8,7 @@ TPU_RESULTS ?= runs/tpu
 # An interpreter to make .venv with: pyenv and uv read .python-version by themselves.
 BASE_PYTHON ?= $(firstword $(shell command -v python3.12) $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) python3)
 
-.PHONY: install train test tpu-check clean
+.PHONY: install train test test-faults tpu-check clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -46,6 +46,12 @@ tpu-check: .venv-tpu/installed
 	    $(TPU_PYTHON) experiments/compile_for_tpu.py --topology $$topology --preset mom_1_3b --batch-size 64 \
 	        --output $(TPU_RESULTS) || exit 1; \
 	done
+
+# Kills, full disks, damages, false clocks: trials and losses go to runs/faults.json.
+TRIALS ?= 5
+test-faults: install
+	$(PYTHON) -m pytest -q -m 'faults or not faults' --trials $(TRIALS) --fault-report runs/faults.json \
+	    tests/test_faults.py
 
 clean:
 	rm -rf .venv .venv-tpu

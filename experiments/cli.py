@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import tomllib
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -46,7 +47,8 @@ def run[Experiment](
 
     What the user can mend (a setting, a file, a run that diverged) ends the program with the message on stderr and
     status 1, without a traceback; Ctrl-C with status 130; a reader of the output that has gone, as head does, silently with
-    status 141. A warning, too, is one line.
+    status 141. A warning, too, is one line. One of several processes ends at once where it fails: JAX would have it wait for
+    the others, which wait for it.
     """
     experiment = parse(experiment_class, description)
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
@@ -58,9 +60,12 @@ def run[Experiment](
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _end(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
         _refuse(error, experiment_class, status=1)
+    except Exception:
+        traceback.print_exc()
+        _end(1)
 
 
 def parse[Experiment](
@@ -106,6 +111,15 @@ def _refuse(error: Exception, experiment_class: type, status: int = 2) -> NoRetu
     flags = _flags(experiment_class)
     message = re.sub(r"^[\w.]+(?= = )", lambda name: flags.get(name[0], name[0]), str(error))
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    jax = sys.modules.get("jax")  # what only reads text does not wait for it
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -2,10 +2,13 @@
 
     python experiments/train_lm.py --config experiments/configs/shakespeare.json           2 CPU cores, about 9 minutes
     python experiments/train_lm.py --preset mom_340m --data.path DIRECTORY --output runs/mom_340m              one H200
+    python experiments/train_lm.py ... --mesh.data 8 --distributed.coordinator HOST:PORT --distributed.num-processes 2 \\
+        --distributed.process-id 0            one of two processes of four devices each; --distributed.auto on a cluster
 
 Writes into --output: config.json, tokenizer/, checkpoints/, metrics.jsonl, TensorBoard events, loss_curves.png,
 routing.png and sample.txt. The same command continues a run that was stopped or killed, exactly where its last checkpoint
-stands. SIGTERM and Ctrl-C save and end with status 128 + the signal's number (143, 130); a second one ends at once.
+stands, on any number of processes and devices. SIGTERM and Ctrl-C save and end with status 128 + the signal's number (143,
+130), --train.preemption-deadline seconds after SIGTERM in any case; a second one ends at once.
 --model.bos-token-id and --model.eos-token-id are those of the data, whatever is given.
 """
 
@@ -15,6 +18,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 from cli import run
 
 from mom_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig, require
@@ -22,9 +26,10 @@ from mom_jax.config_io import to_dict
 from mom_jax.data import make_dataset
 from mom_jax.fit import fit
 from mom_jax.generation import generate
-from mom_jax.model import bind
+from mom_jax.model import MoMLanguageModel, bind
+from mom_jax.processes import DistributedConfig, is_first, join, on_first, row_share
 from mom_jax.reports import read_metrics
-from mom_jax.runs import keep_tokenizer
+from mom_jax.runs import keep_tokenizer, load_run
 from mom_jax.sampling import Sampling
 from mom_jax.sharding import make_mesh, use_mesh
 from mom_jax.token_files import TokenFile, load_tokenizer
@@ -38,8 +43,9 @@ class TrainLM:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     output: str = "runs/lm"
-    """Directory of the run; it is continued if it holds checkpoints."""
+    """Directory of the run, one for all processes; it is continued if it holds checkpoints."""
     sample_tokens: int = 200
     """Tokens of each text sampled at the end; 0: none."""
     sample_prompts: tuple[str, ...] = ("\n", "To be, or not", "The night is")
@@ -49,7 +55,9 @@ class TrainLM:
 
 
 def main(config: TrainLM) -> None:
+    join(config.distributed)
     mesh = make_mesh(config.mesh, config.model)
+    share, shares = row_share(mesh)
     shards = config.mesh.data * config.mesh.fsdp * config.train.accumulation
     require(
         config.data.batch_size % shards == 0,
@@ -73,20 +81,30 @@ def main(config: TrainLM) -> None:
     tokens_per_byte = {split: text.num_tokens / text.num_bytes for split, text in descriptions.items()}
     borders = {f"{name}_token_id": getattr(descriptions["train"], f"{name}_id") for name in ("bos", "eos")}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **borders))
-    datasets = {split: make_dataset(splits[split], config.data, train=split == "train") for split in splits}
+    datasets = {
+        split: make_dataset(splits[split], config.data, train=split == "train", process_index=share, process_count=shares)
+        for split in splits
+    }
     output = Path(config.output)
-    keep_tokenizer(config.data.path, output)
+    on_first(lambda: keep_tokenizer(config.data.path, output))
 
     run_config = {name: value for name, value in to_dict(config).items() if name in ("model", "data", "train")}
     fitted = fit(
         output, config.model, config.train, mesh, datasets["train"], lambda: datasets["valid"],
         run_config=run_config, tokens_per_byte=tokens_per_byte, tensorboard=config.tensorboard,
+        peer_timeout=config.distributed.peer_timeout,
     )  # fmt: skip
     if fitted.stopped_by is not None:  # whoever sent the signal is waiting
         sys.exit(128 + signal.Signals[fitted.stopped_by])
+    if not is_first():
+        return
     if config.sample_tokens > 0 and config.sample_prompts:
-        with use_mesh(mesh):
-            text = sample_texts(config, fitted.state)
+        if jax.process_count() > 1:  # the state lies with all of them; one reads it back
+            text = sample_texts(config, load_run(output).model)
+        else:
+            model = dataclasses.replace(config.model, remat="none")
+            with use_mesh(mesh):
+                text = sample_texts(config, bind(model, fitted.state["params"], fitted.state["variables"]))
         (output / "sample.txt").write_text(text, encoding="utf-8")
         print(text)
     held_out = [record for record in read_metrics(output) if record["split"] == "valid"][-1]
@@ -98,10 +116,9 @@ def main(config: TrainLM) -> None:
     )
 
 
-def sample_texts(config: TrainLM, state) -> str:
+def sample_texts(config: TrainLM, model: MoMLanguageModel) -> str:
     """The prompts continued at temperature 0.8, ready to print."""
     tokenizer = load_tokenizer(config.data.path)
-    model = bind(dataclasses.replace(config.model, remat="none"), state["params"], state["variables"])
     longest = 1 + max(len(tokenizer.encode(prompt)) for prompt in config.sample_prompts)
     rows = generate(
         model, config.sample_prompts, max_new_tokens=config.sample_tokens, max_length=longest + config.sample_tokens,

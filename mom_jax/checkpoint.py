@@ -1,13 +1,14 @@
 """Checkpoints of a run: Orbax's CheckpointManager, taught to refuse what does not fit and to skip what is damaged.
 
     DIRECTORY/STEP/state/           parameters, optimiser state, step, random key, as Orbax writes them
-    DIRECTORY/STEP/data_iterator/   where the Grain iterator stands, one file a process
+    DIRECTORY/STEP/data_iterator/   JSON: where the Grain iterator stands, the same for any number of processes
     DIRECTORY/STEP/run/metadata     JSON: the resolved config and the held-out loss
     DIRECTORY/STEP/checksums.json   SHA-256 of every file in these folders
 
 Orbax writes into STEP.orbax-checkpoint-tmp and renames it when all is there, the checksums last, so a killed save never
 looks like a checkpoint. The checksums are ours: TensorStore returns arrays with flipped bits without a word.
-Directories are on a local or mounted file system.
+Several processes share one directory, on a local or mounted file system: each writes its part of the arrays, the first
+the rest. It alone judges what is whole, and all go by that; any other number of processes may restore.
 """
 
 import json
@@ -27,18 +28,23 @@ import orbax.checkpoint as ocp
 
 from mom_jax.config import require
 from mom_jax.files import CHECKSUMS, checksums_of
+from mom_jax.processes import PeerLost, on_first
 from mom_jax.weights import by_name
 
 ITEM_FILES = "*/*"  # of any depth, as fnmatch reads it; not those at the top, where Orbax writes on after the checksums
 RUN = "run/metadata"
+DATA_ITERATOR = "data_iterator"
 TEMPORARY = ".orbax-checkpoint-tmp"
+LONGEST_SAVE = 10**8
+"""Seconds: no limit. Orbax measures them on the wall clock, and a save must not fail because somebody sets that."""
 
 
 class Checkpoints(AbstractContextManager):
     """The checkpoints of one run in one directory, saved asynchronously; leaving the context waits for the last save.
 
     A checkpoint is kept while it is among the newest ``keep_last`` or among the ``keep_best`` of lowest held-out loss.
-    Only one run may hold a directory: what a killed save left there is removed, with a warning.
+    Only one run may hold a directory: what a killed save left there is removed, with a warning. All processes of a run
+    make the same calls. After ``PeerLost`` nothing is waited for: the others cannot finish their part.
 
     Raises ``OSError`` naming the path if ``directory`` cannot be made or written.
     """
@@ -49,13 +55,7 @@ class Checkpoints(AbstractContextManager):
         self.directory.mkdir(parents=True, exist_ok=True)
         if not os.access(self.directory, os.W_OK):
             raise PermissionError(f"the checkpoint directory {self.directory} cannot be written")
-        for path in self.directory.glob(f"*{TEMPORARY}*"):
-            warnings.warn(f"removing {path}, left by a save that did not finish", stacklevel=2)
-        self._policy = _NewestAndBest(keep_last, keep_best)
-        for step in _steps(self.directory):
-            path = self.directory / str(step)
-            if _damage(path, RUN) is None:
-                self._policy.losses[step] = _read_run(path)["held_out_loss"]
+        self._policy = _NewestAndBest(keep_last, keep_best, on_first(self._survey))
         self._saving = None
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -63,9 +63,18 @@ class Checkpoints(AbstractContextManager):
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
                 lightweight_initialize=True,
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
+                async_options=ocp.options.AsyncOptions(
+                    LONGEST_SAVE, post_finalization_callback=self._write_checksums, create_directories_asynchronously=False
+                ),
             ),
         )
+
+    def _survey(self) -> dict[int, float | None]:
+        """The held-out losses of the checkpoints that are there; warns of the remains of others."""
+        for path in self.directory.glob(f"*{TEMPORARY}*"):
+            warnings.warn(f"removing {path}, left by a save that did not finish", stacklevel=4)
+        paths = {step: self.directory / str(step) for step in _steps(self.directory)}
+        return {step: _read_run(path)["held_out_loss"] for step, path in paths.items() if _damage(path, RUN) is None}
 
     def save(
         self, step: int, state: Any, *, config: dict, data_iterator: Any = None, held_out_loss: float | None = None
@@ -86,9 +95,7 @@ class Checkpoints(AbstractContextManager):
             "run": ocp.args.JsonSave({"config": config, "held_out_loss": held_out_loss}),
         }
         if data_iterator is not None:
-            import grain  # here, because machines that only evaluate have none
-
-            items["data_iterator"] = grain.checkpoint.CheckpointSave(data_iterator)
+            items[DATA_ITERATOR] = ocp.args.JsonSave(data_iterator.get_state())
         self._policy.losses[step] = held_out_loss
         self._saving = step
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -115,26 +122,33 @@ class Checkpoints(AbstractContextManager):
             RuntimeError: there are checkpoints, but all of them are damaged.
         """
         self.wait()
-        if step is None and not _steps(self.directory):
+        if on_first(lambda: step is None and not _steps(self.directory)):
             return None
-        path, damaged = _newest_whole(self.directory, step)
+        path, damaged = on_first(lambda: _newest_whole(self.directory, step))
         if config is not None:
             saved = _read_run(path)["config"]
             remedy = "\nchoose another --output, or delete this run"
             _refuse_differences(f"the config of {path} differs", _fields(saved), _fields(config), ignore, remedy)
         _refuse_differences(f"the state in {path} differs", _types(_stored(path)), _types(abstract_state))
-        items = {"state": ocp.args.StandardRestore(abstract_state)}
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        restored = self._manager.restore(int(path.name), args=args)
         if data_iterator is not None:
-            import grain
-
-            items["data_iterator"] = grain.checkpoint.CheckpointRestore(data_iterator)
-        restored = self._manager.restore(int(path.name), args=ocp.args.Composite(**items))
+            # Orbax's name, or Grain's own in checkpoints of before there were several processes.
+            (file,) = (file for file in (path / DATA_ITERATOR).iterdir() if file.name in ("metadata", "process_0-of-1.json"))
+            data_iterator.set_state(json.loads(file.read_text()))
         self._set_aside(damaged)
         return int(path.name), restored["state"]
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, damaged or being saved though it may be; None if there is none."""
         return self._manager.latest_step()
+
+    def kept(self) -> str:
+        """What a run that ends now can continue from, for people: the newest checkpoint that is not being saved."""
+        steps = _steps(self.directory)
+        if not steps:
+            return "there was no checkpoint yet"
+        return f"the checkpoint of step {steps[-1]} is kept; the same command continues from there"
 
     def wait(self) -> None:
         """Wait until the last save is on disk; raise what went wrong in it."""
@@ -144,8 +158,9 @@ class Checkpoints(AbstractContextManager):
         """Wait as ``wait`` does and end the background threads."""
         self._manager.close()
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is not PeerLost:
+            self.close()
 
     def _write_checksums(self) -> None:
         """Orbax calls this on process 0 when all processes have written their files, just before the rename."""

@@ -344,6 +344,8 @@ class TrainConfig:
     """Newest checkpoints kept."""
     keep_best: int = 1
     """Checkpoints kept beside those for their held-out loss."""
+    preemption_deadline: float | None = None
+    """Seconds after SIGTERM at which the run ends even if it has not saved by then; None: it takes the time it needs."""
 
     def __post_init__(self):
         _require_positive(
@@ -361,6 +363,8 @@ class TrainConfig:
                 "TrainConfig.warmup_steps", self.warmup_steps, f"it must be below steps = {self.steps}",
             )  # fmt: skip
         require(self.clip_norm > 0, "TrainConfig.clip_norm", self.clip_norm, "it must be > 0")
+        deadline = self.preemption_deadline
+        require(deadline is None or deadline > 0, "TrainConfig.preemption_deadline", deadline, "it must be > 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"TrainConfig.{name}", value, "it must be in [0, 1)")

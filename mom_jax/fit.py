@@ -1,23 +1,28 @@
-"""The loop around the train step: data, evaluation, checkpoints, reports, and what may go wrong."""
+"""The loop around the train step: data, evaluation, checkpoints, reports, and what may go wrong.
 
+Several processes run the same loop, each with its rows; the first alone reports.
+"""
+
+import functools
 import itertools
 import json
 import math
-import signal
-import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mom_jax.checkpoint import Checkpoints
 from mom_jax.config import ModelConfig, TrainConfig
+from mom_jax.processes import Peers, console, is_first
 from mom_jax.reports import ProgressBar, RunLog, plot_loss_curves, plot_routing
 from mom_jax.sharding import use_mesh
+from mom_jax.stopping import StopSignal, Vote
 from mom_jax.training import (
     Metrics,
     State,
@@ -32,8 +37,11 @@ from mom_jax.training import (
 # Settings that a resumed run may change: they decide when it stops and reports, not what it computes.
 FREE_SETTINGS = tuple(
     f"train.{name}"
-    for name in ("stop_after", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last", "keep_best")
-)
+    for name in (
+        "stop_after", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last", "keep_best",
+        "preemption_deadline",
+    )
+)  # fmt: skip
 
 
 class Fitted(NamedTuple):
@@ -41,27 +49,6 @@ class Fitted(NamedTuple):
 
     state: State
     stopped_by: str | None
-
-
-class _StopSignal:
-    """Notes SIGTERM and SIGINT while it is entered, so that the loop can save and end; a second one ends at once."""
-
-    def __enter__(self):
-        self.name: str | None = None
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _note(self, number, _frame):
-        # Not the other signal's handler, too: that signal may be waiting behind a compilation, and Python cannot deliver it
-        # to a handler that is gone.
-        signal.signal(number, self._old[number])
-        if self.name is not None:
-            signal.raise_signal(number)
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 def fit(
@@ -75,39 +62,45 @@ def fit(
     run_config: dict[str, Any],
     tokens_per_byte: dict[str, float] | None = None,
     tensorboard: bool = True,
+    peer_timeout: float | None = None,
 ) -> Fitted:
     """Trains, evaluates, saves and reports; continues exactly where the newest whole checkpoint in ``directory`` stands.
 
     Writes ``config.json``, ``checkpoints/``, ``metrics.jsonl``, TensorBoard events and, at the end, ``loss_curves.png`` and
-    ``routing.png``. SIGTERM and SIGINT save and end the run early, without the pictures.
+    ``routing.png``. SIGTERM and SIGINT, to any of the processes, save and end the run early, without the pictures.
 
     Args:
-      train_data: endless batches; its iterator's state is saved with every checkpoint.
+      mesh: over the devices of all processes.
+      train_data: endless batches, of them this process's share (``row_share``); its iterator's state, the same in all
+        processes, is saved with every checkpoint.
       valid_data: gives the held-out batches afresh at each call.
       run_config: the resolved configuration of the command, saved with every checkpoint.
       tokens_per_byte: of the text of "train" and of "valid", for bits per byte; None: leave them out.
+      peer_timeout: seconds that a step may keep this process waiting for others, after which it ends; None: for ever.
 
     Raises:
-      NotImplementedError: there are several processes. ValueError: the checkpoint is of another configuration.
-      FloatingPointError: a loss, a gradient or the parameters
-      after a step are not finite; the newest checkpoint is from before.
+      ValueError: the checkpoint is of another configuration. FloatingPointError: a loss, a gradient or the parameters
+      after a step are not finite; the newest checkpoint is from before. PeerLost: working with another process failed.
     """
-    if jax.process_count() > 1:
-        raise NotImplementedError("training over several processes: logs and stop signals are not yet agreed between them")
     directory = Path(directory)
     batches = iter(train_data)
     with use_mesh(mesh), Checkpoints(
         directory / "checkpoints", keep_last=train.keep_last, keep_best=train.keep_best
     ) as checkpoints:  # fmt: skip
-        restored = checkpoints.restore(
-            abstract_state(model, train, mesh), config=run_config, data_iterator=batches, ignore=FREE_SETTINGS
-        )
-        done, state = restored or (0, make_state(model, train, mesh))
-        (directory / "config.json").write_text(json.dumps(run_config, indent=2) + "\n", encoding="utf-8")
-        with RunLog(directory, done if restored else None, tensorboard) as log, _StopSignal() as stop:
-            loop = _Loop(model, train, mesh, valid_data, run_config, tokens_per_byte, checkpoints, log, batches)
-            fitted = loop.run(done, state, stop)
-    if fitted.stopped_by is not None:
+        peers = Peers(peer_timeout, checkpoints.kept)
+        with peers.raising():
+            wanted = abstract_state(model, train, mesh)
+            restored = checkpoints.restore(wanted, config=run_config, data_iterator=batches, ignore=FREE_SETTINGS)
+            done, state = restored or (0, make_state(model, train, mesh))
+            if is_first():
+                (directory / "config.json").write_text(json.dumps(run_config, indent=2) + "\n", encoding="utf-8")
+            with (
+                RunLog(directory, done if restored else None, tensorboard) if is_first() else nullcontext() as log,
+                StopSignal(train.preemption_deadline, checkpoints.kept) as stop,
+            ):
+                loop = _Loop(model, train, mesh, valid_data, run_config, tokens_per_byte, checkpoints, log, batches, peers)
+                fitted = loop.run(done, state, stop)
+    if fitted.stopped_by is not None or not is_first():
         return fitted
     plot_loss_curves(directory)
     if loop.load is not None and loop.load.size:
@@ -119,35 +112,39 @@ def fit(
 class _Loop:
     """The fit loop, with what it needs at hand."""
 
-    def __init__(self, model, train, mesh, valid_data, run_config, tokens_per_byte, checkpoints, log, batches):
+    def __init__(self, model, train, mesh, valid_data, run_config, tokens_per_byte, checkpoints, log, batches, peers):
         self.model, self.train, self.mesh, self.run_config = model, train, mesh, run_config
         self.valid_data, self.tokens_per_byte = valid_data, tokens_per_byte
-        self.checkpoints, self.log, self.batches = checkpoints, log, batches
-        self.train_step = jax.jit(make_train_step(model, train), donate_argnums=0)
-        self.eval_step = jax.jit(make_eval_step(model, train.loss_chunk))
+        self.checkpoints, self.log, self.batches, self.peers = checkpoints, log, batches, peers
+        # Metrics whole on every device, so that every process can read them; states as they came.
+        whole = NamedSharding(mesh, PartitionSpec())
+        as_it_came = jax.tree.map(lambda x: x.sharding, abstract_state(model, train, mesh))
+        self.train_step = jax.jit(make_train_step(model, train), donate_argnums=0, out_shardings=(as_it_came, whole))
+        self.eval_step = jax.jit(make_eval_step(model, train.loss_chunk), out_shardings=whole)
         self.load: np.ndarray | None = None
 
-    def run(self, done: int, state: State, stop: _StopSignal) -> Fitted:
+    def run(self, done: int, state: State, stop: StopSignal) -> Fitted:
         train = self.train
         last = min(train.steps, train.stop_after or train.steps)
         if done >= last:
-            print(f"nothing to do: the run already stands at step {done} of {last}", file=sys.stderr)
+            print(f"nothing to do: the run already stands at step {done} of {last}", file=console())
             return Fitted(state, None)
-        bar, saved, stopped_by = None, done, None
+        bar, saved, stopped_by, vote = None, done, None, Vote(stop, self.mesh)
         try:
-            pending = None
+            pending = cast = None
             for step in range(done + 1, last + 1):
-                batch = next(self.batches)
+                batch = place(next(self.batches), self.mesh)
                 if bar is None:
-                    bar = ProgressBar(last, batch["tokens"].size * jax.process_count(), done)
-                state, metrics = self.train_step(state, place(batch, self.mesh))
+                    bar = ProgressBar(last, batch["tokens"].size, done, console())
+                state, metrics = self.train_step(state, batch)
+                cast_before, cast = cast, vote.cast()
                 # One step behind, so that the check of the loss does not hold the device up.
                 if pending is not None:
                     self.report(*pending, bar)
                 pending = step, metrics
-                # Read once: a signal that comes during the evaluation or the save below ends the next step. At the last
-                # step there is nothing to cut short.
-                stopped_by = stop.name if step < last else None
+                # Read once: a signal that comes during the evaluation or the save below ends the next step, or the one after
+                # that if others must hear of it. At the last step there is nothing to cut short.
+                stopped_by = vote.outcome(cast_before) if step < last else None
                 is_last = step == last or stopped_by is not None
                 valid_loss = None
                 if is_last or step % train.eval_every == 0 or step % train.checkpoint_every == 0:
@@ -157,10 +154,13 @@ class _Loop:
                     valid_loss = self.evaluate(step, state)
                     bar.update(step, valid_loss=valid_loss)
                 if is_last or step % train.checkpoint_every == 0:
+                    self.await_save(saved)
                     self.save(step, state, valid_loss)
                     saved = step
                 if pending is None:
                     bar.restart_clock()
+                if is_last:
+                    self.await_save(saved)
                 if stopped_by is not None:
                     bar.write(f"{stopped_by}: saved step {step}; the same command continues from there")
                     break
@@ -174,7 +174,7 @@ class _Loop:
 
     def report(self, step: int, metrics: Metrics, bar: ProgressBar) -> None:
         """Checks and records a finished step."""
-        metrics = jax.device_get(metrics)
+        metrics = self.peers.fetch(metrics, "step", step)
         for name in ("loss", "grad_norm", "param_norm"):
             if not np.isfinite(metrics[name]):
                 raise FloatingPointError(f"step {step}: the {name} is {metrics[name]}")
@@ -185,7 +185,11 @@ class _Loop:
             if "peak_bytes_in_use" in memory:
                 record["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
             speed = bar.tokens_per_second
-            self.log.write(step, "train", **record, **self.bits("train", metrics["loss"]), tokens_per_second=speed)
+            self.record(step, "train", **record, **self.bits("train", metrics["loss"]), tokens_per_second=speed)
+
+    def record(self, step: int, split: str, **metrics: Any) -> None:
+        if self.log is not None:
+            self.log.write(step, split, **metrics)
 
     def bits(self, split: str, loss) -> dict[str, float]:
         if self.tokens_per_byte is None:
@@ -194,10 +198,15 @@ class _Loop:
 
     def evaluate(self, step: int, state: State) -> float:
         batches = itertools.islice(self.valid_data(), self.train.eval_batches)
-        result = evaluate(self.eval_step, state, (place(batch, self.mesh) for batch in batches))
+        placed = (place(batch, self.mesh) for batch in batches)
+        fetch = functools.partial(self.peers.fetch, program="the evaluation at step", step=step)
+        result = evaluate(self.eval_step, state, placed, fetch)
         self.load = result.pop("load")
-        self.log.write(step, "valid", **result, **self.bits("valid", result["loss"]), load=self.load)
+        self.record(step, "valid", **result, **self.bits("valid", result["loss"]), load=self.load)
         return result["loss"]
+
+    def await_save(self, step: int) -> None:
+        self.peers.await_result(self.checkpoints.wait, "the save of step", step)
 
     def save(self, step: int, state: State, held_out_loss: float | None) -> None:
         self.checkpoints.save(

@@ -4,6 +4,7 @@ The state of a run is one pure-dict tree: ``{"step", "params", "variables", "opt
 function of the state and a batch, compiled once a run, with the state donated.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -249,14 +250,21 @@ def make_eval_step(model: ModelConfig, chunk: int) -> Callable[..., Metrics]:
     return step
 
 
-def evaluate(step: Callable[..., Metrics], state: State, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Mean ``loss`` (nats a token), ``perplexity``, ``accuracy`` and ``load`` [MoM layers, M] over the batches' targets."""
+def evaluate(
+    step: Callable[..., Metrics], state: State, batches: Iterable[Batch], fetch: Callable[[Metrics], Any] = jax.device_get
+) -> dict[str, Any]:
+    """Mean ``loss`` (nats a token), ``perplexity``, ``accuracy`` and ``load`` [MoM layers, M] over the batches' targets.
+
+    ``fetch`` brings the sums of one batch to the host while the devices work on the next.
+    """
     total: dict[str, Any] = {}
-    for batch in batches:
-        sums = step(state["params"], state["variables"], batch)
-        total = sums if not total else jax.tree.map(jnp.add, total, sums)
+    pending = None
+    for batch in itertools.chain(batches, [None]):
+        before, pending = pending, None if batch is None else step(state["params"], state["variables"], batch)
+        if before is not None:
+            sums = fetch(before)
+            total = sums if not total else jax.tree.map(np.add, total, sums)
     require(bool(total), "the number of evaluation batches", 0, "there must be at least one")
-    total = jax.device_get(total)
     loss = float(total["nats"] / total["count"])
     accuracy, load = float(total["correct"] / total["count"]), total["load"] / total["count"]
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy, "load": load}

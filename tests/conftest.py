@@ -18,6 +18,11 @@ CHECKED = ("attention", "generation", "layers", "memory", "model", "routing", "s
 jaxtyping.install_import_hook([*(f"mom_jax.{name}" for name in CHECKED), "pallas_kernels"], "beartype.beartype")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--trials", type=int, default=1, help="of each fault in tests/test_faults.py")
+    parser.addoption("--fault-report", metavar="FILE", help="JSON to write: trials and losses of tests/test_faults.py")
+
+
 def pytest_configure(config):
     # flax annotates with typing.Hashable, which beartype has come to dislike (0.23).
     config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")

@@ -4,11 +4,6 @@ import json
 import random
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import flip_a_bit, truncate
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mom_jax.checkpoint import CHECKSUMS, Checkpoints, find_step, load_config
@@ -192,16 +188,6 @@ def largest_file(checkpoint: Path) -> Path:
     return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
 DAMAGES = {
     "array_bit_flipped": lambda path: flip_a_bit(largest_file(path)),
     "array_truncated": lambda path: truncate(largest_file(path)),
@@ -312,37 +298,3 @@ def test_unusable_directory_is_named(tmp_path):
         Checkpoints(tmp_path / "file" / "checkpoints")
     with pytest.raises(OSError, match=str(tmp_path / "file")):
         Checkpoints(tmp_path / "file")
-
-
-ENDLESS_SAVES = """
-import sys, jax
-from mom_jax.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep_last=2)
-for step in range(1, 10_000):
-    checkpoints.save(step, {"x": jax.random.normal(jax.random.key(step), (1 << 20,))}, config={})
-    if step == 3:
-        print("under way", flush=True)
-"""
-
-
-def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path):
-    """SIGKILL at random moments of back-to-back saves; the newest restorable one is exact and the next can be saved."""
-    generator = random.Random(0)
-    directories = [tmp_path / str(trial) for trial in range(4)]
-    command = [sys.executable, "-c", ENDLESS_SAVES]
-    runs = [subprocess.Popen([*command, directory], stdout=subprocess.PIPE, text=True) for directory in directories]
-    for run in runs:
-        assert run.stdout.readline() == "under way\n"
-        time.sleep(generator.uniform(0, 0.3))
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL
-        run.stdout.close()
-    for directory in directories:
-        with warnings.catch_warnings(action="ignore"), Checkpoints(directory) as checkpoints:
-            wanted = abstract({"x": jnp.zeros(1 << 20)})
-            step, state = checkpoints.restore(wanted, config={})
-            expected = {"x": jax.random.normal(jax.random.key(step), (1 << 20,))}
-            assert step >= 2
-            assert_same(state, expected)
-            checkpoints.save(step + 1, expected, config={})
-            assert checkpoints.restore(wanted, config={})[0] == step + 1

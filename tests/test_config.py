@@ -62,6 +62,7 @@ REFUSED = [
     (TrainConfig, {"learning_rate": math.nan}, "learning_rate", ">= 0"),
     (TrainConfig, {"steps": 10, "warmup_steps": 10}, "warmup_steps", "below steps = 10"),
     (TrainConfig, {"clip_norm": 0.0}, "clip_norm", "> 0"),
+    (TrainConfig, {"preemption_deadline": 0.0}, "preemption_deadline", "> 0"),
     *((TrainConfig, {name: 1.0}, name, r"\[0, 1\)") for name in ("beta1", "beta2")),
     *((TrainConfig, {name: 1.5}, name, r"\[0, 1\]") for name in ("decay_fraction", "final_learning_rate")),
     *((MeshConfig, {name: 0}, name, POSITIVE) for name in ("data", "memory")),

@@ -1,105 +1,35 @@
-"""The experiments as commands: two steps of each, and runs of train_lm.py that are killed, stopped and resumed.
-
-A resumed run counts as exact when every loss in metrics.jsonl is, to the bit, that of a run which nobody disturbed.
-"""
+"""The experiments as commands: two steps of each, what they refuse and what they leave; tests/test_faults.py kills them."""
 
 import json
-import os
-import random
 import re
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from workshop import EXPERIMENTS, STEPS, Workshop, losses
 
 import mom_jax
 from mom_jax import load_pretrained, load_run
 from mom_jax.reports import read_metrics
-from mom_jax.token_files import ByteTokenizer, TokenFileWriter
+from mom_jax.token_files import ByteTokenizer
 from mom_jax.weights import weights_of
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = ROOT / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import check_long_context  # noqa: E402
 import evaluate  # noqa: E402
 import export_checkpoint  # noqa: E402
 
-STEPS = 18
-WINDOWS = {
-    "model": {
-        "vocab_size": 257, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "head_dim": 16, "intermediate_size": 32,
-        "dtype": "float32",
-    },
-    "data": {"sequence_length": 70, "batch_size": 2},
-    "train": {
-        "steps": STEPS, "warmup_steps": 2, "learning_rate": 0.003, "log_every": 1, "eval_every": 6, "eval_batches": 2,
-        "checkpoint_every": 3,
-    },
-    "sample_tokens": 0, "tensorboard": False,
-}  # fmt: skip
-PACKED = {
-    "model": {"dtype": "bfloat16", "embedding_dropout": 0.1, "router_bias_rate": 0.01},
-    "data": {"sequence_length": 48, "batch_size": 4, "packing": True},
-    "train": {"schedule": "wsd", "accumulation": 2},
-}
 
-
-def merge(values: dict, changes: dict) -> dict:
-    return values | {key: merge(values[key], x) if isinstance(x, dict) else x for key, x in changes.items()}
-
-
-class Workshop:
-    """A directory with prepared text, configuration files and a compilation cache, and the commands that use them."""
-
+class Scripts(Workshop):
     def __init__(self, directory: Path):
-        self.directory, self.data = directory, directory / "data"
-        self.data.mkdir()
-        generator = random.Random(0)
-        for split, documents in (("train", 60), ("valid", 8)):
-            writer = TokenFileWriter(self.data / f"{split}.tokens", ByteTokenizer())
-            for _ in range(documents):
-                text = "".join(generator.choices("abcde ", k=generator.randrange(5, 120)))
-                writer.add(ByteTokenizer().encode(text), len(text))
-            writer.finish([])
-        for name, values in (("windows", WINDOWS), ("packed", merge(WINDOWS, PACKED))):
-            values = merge(values, {"data": {"path": str(self.data)}})
-            (directory / f"{name}.json").write_text(json.dumps(values))
-        self.environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(directory / "compilation_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-            "JAX_NUM_CPU_DEVICES": "1",
-        }
-        self.uninterrupted, self.outputs = cache(self.run_undisturbed), cache(self.run_script)
-
-    def train(self, name: str, output: Path, *flags: str) -> list[str]:
-        """The command that trains by the file ``name``.json."""
-        config = str(self.directory / f"{name}.json")
-        return self.command("train_lm.py", "--config", config, "--output", str(output), *flags)
-
-    def command(self, script: str, *flags: str) -> list[str]:
-        return [sys.executable, str(EXPERIMENTS / script), *flags]
-
-    def run(self, command: list[str], status: int = 0) -> subprocess.CompletedProcess:
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        assert result.returncode == status, result.stderr
-        return result
-
-    def start(self, command: list[str]) -> subprocess.Popen:
-        return subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True)
-
-    def run_undisturbed(self, name: str) -> Path:
-        output = self.directory / f"{name}_undisturbed"
-        self.run(self.train(name, output))
-        return output
+        super().__init__(directory)
+        self.outputs = cache(self.run_script)
 
     def run_script(self, script: str) -> Path:
         """Runs an experiment with its flags of ``SCRIPTS``."""
@@ -111,62 +41,7 @@ class Workshop:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("workshop"))
-
-
-def losses(directory: Path) -> dict[tuple[int, str], float]:
-    return {(record["step"], record["split"]): record["loss"] for record in read_metrics(directory)}
-
-
-def last_step(directory: Path) -> int:
-    return max((step for step, _ in losses(directory)), default=0)
-
-
-def wait_until(condition, process: subprocess.Popen) -> None:
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-
-
-def assert_same_losses(directory: Path, expected: Path) -> None:
-    found, expected = losses(directory), losses(expected)
-    assert sorted(found) == sorted(expected)
-    assert {key: (found[key], expected[key]) for key in expected if found[key] != expected[key]} == {}
-
-
-# Resuming
-
-
-@pytest.mark.parametrize("name", ["windows", "packed"])
-def test_a_killed_run_resumes_to_the_same_bits(workshop, tmp_path, name):
-    """SIGKILL at a random moment after the first checkpoint; the same command again."""
-    expected = workshop.uninterrupted(name)
-    command = workshop.train(name, tmp_path)
-    process = workshop.start(command)
-    wait_until((tmp_path / "checkpoints" / "3").exists, process)
-    moment = random.randint(3, STEPS - 6)
-    wait_until(lambda: last_step(tmp_path) >= moment, process)
-    time.sleep(random.uniform(0, 0.05))
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert 3 <= last_step(tmp_path) < STEPS, "the run was not killed on its way"
-    workshop.run(command)
-    assert_same_losses(tmp_path, expected)
-
-
-def test_sigterm_saves_and_the_run_goes_on_exactly(workshop, tmp_path):
-    expected = workshop.uninterrupted("windows")
-    process = workshop.start(workshop.train("windows", tmp_path, "--train.checkpoint-every", "100"))
-    wait_until(lambda: last_step(tmp_path) >= 2, process)
-    process.terminate()
-    _, stderr = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    (step,) = re.findall(r"^SIGTERM: saved step (\d+); the same command continues from there$", stderr, re.MULTILINE)
-    assert 2 <= int(step) < STEPS
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
-    workshop.run(workshop.train("windows", tmp_path))
-    assert_same_losses(tmp_path, expected)
+    return Scripts(tmp_path_factory.mktemp("workshop"))
 
 
 # Refusals

@@ -528,8 +528,8 @@ def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on_exactly(run, tm
 def test_two_signals_that_waited_behind_a_compilation_end_the_program_without_a_word():
     program = """if True:
         import signal
-        from mom_jax.fit import _StopSignal
-        with _StopSignal() as stop:
+        from mom_jax.stopping import StopSignal
+        with StopSignal() as stop:
             signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,242 @@
+"""Several processes that train one model, each with its own devices, on one host or many: how they meet and how they end.
+
+``jax.distributed`` brings them together, XLA's collectives carry the numbers, Orbax the checkpoints. Here is what is left:
+which process reads which rows, what only one of them does, and that none waits for ever for another. A process that dies
+takes all with it: those that wait in a step end after ``peer_timeout`` with a message of ours; where process 0 died, or
+nobody waits in a step, JAX itself ends them (SIGABRT, "the JAX distributed service detected fatal errors"). The same
+commands, on as many processes as there are then, continue from the last checkpoint.
+"""
+
+import contextlib
+import os
+import pickle
+import socket
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn, TextIO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from mom_jax.config import require
+from mom_jax.sharding import spec
+
+MARGIN = 15
+"""Seconds that JAX's own limits, which abort without saying what to do, come after ours."""
+COMPILATION = 600
+"""Seconds more that the first step, evaluation and save may take: not all processes compile equally fast."""
+LONGEST_END = 1800
+"""Seconds that the others wait for process 0, which draws pictures and samples at the end of a run."""
+
+
+class PeerLost(ConnectionError):
+    """A collective failed: most likely another process has ended."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others. Without any of it there are no others."""
+
+    auto: bool = False
+    """Whether the environment says it all: Slurm, Cloud TPU, Open MPI or Kubernetes."""
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens; the same for all processes."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    join_timeout: int = 300
+    """Seconds within which all processes must have started."""
+    peer_timeout: int = 300
+    """Seconds that a step may keep this process waiting for the others; the first has COMPILATION more."""
+
+    def __post_init__(self):
+        given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        for name, value in given.items():
+            needed = any(other is not None for other in given.values()) and not self.auto
+            require(value is not None or not needed, f"DistributedConfig.{name}", value, f"{', '.join(given)} go together")
+            require(value is None or not self.auto, f"DistributedConfig.{name}", value, "auto finds it; give only one")
+        for name in ("join_timeout", "peer_timeout"):
+            require(getattr(self, name) > 0, f"DistributedConfig.{name}", getattr(self, name), "it must be > 0")
+        if self.coordinator is None:
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        require(
+            bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16,
+            "DistributedConfig.coordinator", self.coordinator, "it must be HOST:PORT, such as node-0:12345",
+        )  # fmt: skip
+        require(self.num_processes > 0, "DistributedConfig.num_processes", self.num_processes, "it must be > 0")
+        require(
+            0 <= self.process_id < self.num_processes,
+            "DistributedConfig.process_id", self.process_id, f"it must be in [0, {self.num_processes})",
+        )  # fmt: skip
+
+
+def join(config: DistributedConfig) -> None:
+    """Wait for the other processes, if ``config`` names any; to be called before anything uses a device.
+
+    Raises ``ValueError`` if ``auto`` finds no cluster, ``OSError`` if process 0 cannot listen. Ends the process if not all
+    have come within ``join_timeout``.
+    """
+    if not config.auto and config.coordinator is None:
+        return
+    which = "" if config.auto else f" {config.process_id} of {config.num_processes} at {config.coordinator}"
+    late = f"process{which}: not all processes came together within {config.join_timeout} s; see the logs of the others"
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself; see stopping.py
+    if config.process_id == 0:
+        _require_free(config.coordinator)
+    try:
+        with patience(config.join_timeout, late):
+            jax.distributed.initialize(
+                config.coordinator, config.num_processes, config.process_id,
+                cluster_detection_method=None if config.auto else "deactivate",
+                initialization_timeout=config.join_timeout + MARGIN,
+                heartbeat_timeout_seconds=config.peer_timeout + MARGIN, shutdown_timeout_seconds=LONGEST_END,
+            )  # fmt: skip
+    except ValueError as error:
+        require(not config.auto, "DistributedConfig.auto", True, f"JAX recognises no cluster here ({error})")
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        raise OSError(f"process{which} cannot join the others: {_first_line(error)}") from error
+    if is_first():
+        print(f"{jax.process_count()} processes with {jax.device_count()} devices", file=sys.stderr, flush=True)
+
+
+def _require_free(coordinator: str) -> None:
+    """``OSError`` if its port is taken: JAX then fails in ways that differ from time to time, crashes among them."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise OSError(f"process 0 cannot listen at {coordinator}: {error.strerror}") from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes: logs, pictures, texts."""
+    return jax.process_index() == 0
+
+
+def console() -> TextIO:
+    """Where this process reports its progress: stderr, or nowhere."""
+    return sys.stderr if is_first() else open(os.devnull, "w", encoding="utf-8")
+
+
+def on_first[Value](function: Callable[[], Value]) -> Value:
+    """What ``function()`` gives on process 0, in every process; what it raises there is raised in every process."""
+    if jax.process_count() == 1:
+        return function()
+    outcome = b""
+    if is_first():
+        try:
+            outcome = pickle.dumps((function(), None))
+        except Exception as error:
+            outcome = pickle.dumps((None, error))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
+    data = np.frombuffer(outcome.ljust(size, b"\0"), np.uint8)
+    value, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())
+    if error is not None:
+        raise error
+    return value
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): of the rows of a batch cut in ``count`` equal parts this process needs the one of this index.
+
+    Processes that split only what is not rows (memories, heads) read the same part. The parts, put together, are the batch
+    of a single process, in its order where the mesh lists the devices process by process, as it does but on TPUs, whose
+    topology may shuffle the parts.
+
+    Raises ``ValueError`` if a process has no device in the mesh, or two share some of their rows but not all.
+    """
+    blocks = defaultdict(set)
+    for device, (rows,) in NamedSharding(mesh, spec("b")).devices_indices_map((mesh.size,)).items():
+        blocks[device.process_index].add(rows.start or 0)
+    require(
+        len(blocks) == jax.process_count(),
+        "the number of mesh devices", mesh.size, f"all {jax.device_count()} devices of all processes must take part",
+    )  # fmt: skip
+    shares = sorted({tuple(sorted(own)) for own in blocks.values()})
+    require(
+        len({len(share) for share in shares}) == 1 and len(set().union(*shares)) == sum(map(len, shares)),
+        "the mesh", dict(mesh.shape), "the rows of a process must be those of another or all different: let mesh.memory * "
+        f"mesh.tensor divide the {jax.local_device_count()} devices of a process, or be a multiple of them",
+    )  # fmt: skip
+    return shares.index(tuple(sorted(blocks[jax.process_index()]))), len(shares)
+
+
+@contextlib.contextmanager
+def patience(seconds: float | None, message: str | Callable[[], str], status: int = 1) -> Iterator[None]:
+    """Ends the process with ``message`` and ``status`` if the block lasts longer; None: it may.
+
+    A thread does it: the block may well be stuck where no exception reaches it. What the thread leaves undone is what a
+    killed process would: checkpoints are whole or not there.
+    """
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, lambda: end_now(message if isinstance(message, str) else message(), status))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def end_now(message: str, status: int) -> NoReturn:
+    """Prints ``message`` and ends the process, whatever its other threads do or hold."""
+    os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+    os._exit(status)
+
+
+class Peers:
+    """The other processes as the loop sees them: it waits for them, but not for ever.
+
+    Args:
+      timeout: ``DistributedConfig.peer_timeout``; None, or a single process: no limit.
+      kept: says which checkpoint a run can continue from.
+    """
+
+    def __init__(self, timeout: float | None, kept: Callable[[], str]):
+        # Process 0 last: when it ends, JAX aborts the others before they have said why.
+        last = 2.0 if jax.process_index() == 0 else 0.0
+        self._timeout = None if jax.process_count() == 1 or timeout is None else timeout + last
+        self._kept, self._compiled = kept, set()
+        self._me = f"process {jax.process_index()} of {jax.process_count()}"
+
+    def fetch(self, values: Any, program: str, step: int) -> Any:
+        """``jax.device_get`` of what ``program`` computes at ``step``."""
+        return self.await_result(lambda: jax.device_get(values), program, step)
+
+    def await_result(self, result: Callable[[], Any], program: str, step: int) -> Any:
+        """``result()``, for which ``program`` needs the others at ``step``."""
+        limit = self._timeout
+        if limit is not None and program not in self._compiled:
+            self._compiled.add(program)
+            limit += COMPILATION
+
+        def message():
+            late = f"{program} {step} has not ended within {limit:g} s: another process has died, or is late; see its log"
+            return f"{self._me}: {late}; {self._kept()}"
+
+        with patience(limit, message):
+            return result()
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Turns the failure of a collective into ``PeerLost``."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            lost = f"{self._me}: working with the others failed: {_first_line(error)}"
+            raise PeerLost(f"{lost}; see their logs; {self._kept()}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

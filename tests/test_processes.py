@@ -1,0 +1,216 @@
+"""Several real processes on this machine: which rows each reads, what they agree on, and that they train as one does."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from workshop import STEPS, Workshop, assert_close_losses, last_step, saved_steps
+
+from mom_jax.checkpoint import Checkpoints
+from mom_jax.processes import DistributedConfig, PeerLost, Peers
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+# The settings
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "here:1234"}, "num_processes = None .* coordinator, num_processes, process_id go together"),
+        ({"num_processes": 2, "process_id": 0}, "DistributedConfig.coordinator = None .* go together"),
+        ({"coordinator": "here", "num_processes": 2, "process_id": 0}, "coordinator = 'here' .* must be HOST:PORT"),
+        ({"coordinator": "here:70000", "num_processes": 2, "process_id": 0}, "'here:70000' .* must be HOST:PORT"),
+        ({"coordinator": "here:1", "num_processes": 0, "process_id": 0}, "num_processes = 0 .* must be > 0"),
+        ({"coordinator": "here:1", "num_processes": 2, "process_id": 2}, r"process_id = 2 .* must be in \[0, 2\)"),
+        ({"auto": True, "process_id": 0}, "process_id = 0 .* auto finds it"),
+        ({"peer_timeout": 0}, "peer_timeout = 0 .* must be > 0"),
+        ({"join_timeout": -1}, "join_timeout = -1 .* must be > 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DistributedConfig(**fields)
+
+
+def test_without_a_cluster_auto_is_refused(workshop, tmp_path):
+    stderr = workshop.run(workshop.train("windows", tmp_path / "run", "--distributed.auto"), status=1).stderr
+    assert "error: --distributed.auto = True is not allowed: JAX recognises no cluster here" in stderr
+    assert not (tmp_path / "run").exists()
+
+
+# What they agree on
+
+PROGRAM = """if True:
+    import json, signal, sys
+    from mom_jax.config import MeshConfig
+    from mom_jax.processes import DistributedConfig, join, on_first, row_share
+    from mom_jax.sharding import make_mesh
+    from mom_jax.stopping import StopSignal, Vote
+    import jax
+
+    join(DistributedConfig(**json.loads(sys.argv[1]), join_timeout=120))
+    me, found = jax.process_index(), {}
+    for sizes in json.loads(sys.argv[2]):
+        try:
+            found[json.dumps(sizes)] = row_share(make_mesh(MeshConfig(**sizes)))
+        except ValueError as error:
+            found[json.dumps(sizes)] = str(error)
+    found["on_first"] = on_first(lambda: {"said by": me, "text": "x" * 100})
+    try:
+        on_first(lambda: {}["of process %d" % me])
+    except KeyError as error:
+        found["error"] = str(error)
+    with StopSignal() as stop:
+        vote = Vote(stop, make_mesh(MeshConfig(data=jax.device_count())))
+        before = vote.outcome(vote.cast())
+        if me == jax.process_count() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        found["votes"] = [before, vote.outcome(None), vote.outcome(vote.cast())]
+    print("found " + json.dumps(found), flush=True)
+"""
+
+
+MESHES = ({"data": 4}, {"fsdp": 4}, {"data": 2, "memory": 2}, {"memory": 4}, {"data": 2, "fsdp": 2}, {"data": 2})
+
+
+def run_program(settings: list[dict], environments: list[dict], devices: int, meshes=MESHES) -> list[dict]:
+    """What each process of PROGRAM found, of ``devices`` devices each."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(own), json.dumps(meshes)],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | extra,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for own, extra in zip(settings, environments, strict=True)
+    ]  # fmt: skip
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return [json.loads(re.search("^found (.*)$", stdout, re.MULTILINE)[1]) for stdout, _ in outputs]
+
+
+def slurm(index: int, port: int) -> dict[str, str]:
+    """The environment of a task as Slurm sets it."""
+    return {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index), "JAX_COORDINATOR_PORT": str(port),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def test_two_processes_of_a_slurm_job_agree(port):
+    """Of two devices each; nothing is given but --distributed.auto."""
+    found = run_program([{"auto": True}] * 2, [slurm(index, port) for index in range(2)], devices=2)
+    for index, own in enumerate(found):
+        assert own['{"data": 4}'] == own['{"fsdp": 4}'] == own['{"data": 2, "fsdp": 2}'] == [index, 2]
+        assert own['{"data": 2, "memory": 2}'] == [index, 2]
+        assert own['{"memory": 4}'] == [0, 1]
+        assert "all 4 devices of all processes must take part" in own['{"data": 2}']
+        assert own["on_first"] == {"said by": 0, "text": "x" * 100}
+        assert own["error"] == "'of process 0'"
+        assert own["votes"] == [None, None, "SIGTERM"]
+
+
+def test_four_processes_agree(port):
+    """Of one device each; two that split the memories read the same rows."""
+    settings = [{"coordinator": f"localhost:{port}", "num_processes": 4, "process_id": index} for index in range(4)]
+    for index, own in enumerate(run_program(settings, [{}] * 4, devices=1)):
+        assert own['{"data": 4}'] == [index, 4]
+        assert own['{"data": 2, "memory": 2}'] == [index // 2, 2]
+        assert own["on_first"]["said by"] == 0
+        assert own["votes"] == [None, None, "SIGTERM"]
+
+
+def test_processes_that_share_some_rows_but_not_all_are_refused(port):
+    """Two processes of three devices; the second pair of devices of a row lies with both."""
+    settings = [{"coordinator": f"localhost:{port}", "num_processes": 2, "process_id": index} for index in range(2)]
+    for own in run_program(settings, [{}] * 2, devices=3, meshes=[{"data": 3, "memory": 2}]):
+        message = own['{"data": 3, "memory": 2}']
+        assert message.startswith("the mesh = {'data': 3, 'fsdp': 1, 'memory': 2, 'tensor': 1} is not allowed: the rows of")
+        assert message.endswith("divide the 3 devices of a process, or be a multiple of them")
+
+
+def test_a_coordinator_that_cannot_listen_is_named(workshop, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        flags = ["--distributed.coordinator", address, "--distributed.num-processes", "2", "--distributed.process-id=0"]
+        stderr = workshop.run(workshop.train("windows", tmp_path / "run", *flags), status=1).stderr
+    assert f"error: process 0 cannot listen at {address}: Address already in use" in stderr
+
+
+def test_a_failed_collective_is_a_lost_peer_and_its_save_is_not_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    peers = Peers(None, lambda: "the checkpoint of step 3 is kept")
+    with pytest.raises(PeerLost, match=r"^process 0 of 2: working with .* failed: Connection closed; .*; the checkpoint"):
+        with peers.raising():
+            raise jax.errors.JaxRuntimeError("Connection closed\nby peer")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), peers.raising():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    monkeypatch.undo()
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints, "wait", lambda: pytest.fail("it waits"))
+    monkeypatch.setattr(checkpoints._manager, "close", lambda: pytest.fail("it waits"))
+    with pytest.raises(PeerLost), checkpoints:
+        raise PeerLost
+    monkeypatch.undo()
+    checkpoints.close()
+
+
+def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path, port):
+    flags = ["--distributed.num-processes", "2", "--distributed.process-id", "0", "--distributed.join-timeout", "1"]
+    command = workshop.train("windows", tmp_path / "run", "--distributed.coordinator", f"localhost:{port}", *flags)
+    stderr = workshop.run(command, status=1).stderr
+    assert f"process 0 of 2 at localhost:{port}: not all processes came together within 1 s" in stderr
+
+
+# Training
+
+
+def test_two_processes_train_as_one_and_one_goes_on_when_a_peer_is_killed(workshop, tmp_path):
+    """SIGKILL of one of two; the other says so within the bound, and a single process ends the run."""
+    output, expected = tmp_path / "run", workshop.uninterrupted("windows")
+    with workshop.start_team(2, "windows", output, "--mesh.data", "2", "--distributed.peer-timeout", "8") as team:
+        team.wait_until(lambda: 7 <= last_step(output) < STEPS)
+        team.processes[1].kill()
+        start = time.monotonic()
+        assert team.processes[0].wait() == 1
+        waited = time.monotonic() - start
+        (message,) = re.findall(r"^.*process 0 of 2: .*$", team.log(0), re.MULTILINE)
+        assert "loss" not in team.log(1)
+    assert waited < 8 + 2 + 15
+    (kept,) = re.findall(r"the checkpoint of step (\d+) is kept; the same command continues from there$", message)
+    assert int(kept) == saved_steps(output)[-1] >= 6
+    workshop.run(workshop.train("windows", output))
+    assert_close_losses(output, expected)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(workshop, tmp_path):
+    output = tmp_path / "run"
+    flags = ["--mesh.data", "2", "--train.checkpoint-every", "100", "--train.preemption-deadline", "100"]
+    with workshop.start_team(2, "windows", output, *flags) as team:
+        team.wait_until(lambda: last_step(output) >= 2)
+        team.processes[1].terminate()
+        assert team.wait() == [128 + signal.SIGTERM] * 2
+        (step,) = re.findall(r"^SIGTERM: saved step (\d+); the same command", team.log(0), re.MULTILINE)
+        assert "saved step" not in team.log(1)
+    assert saved_steps(output) == [int(step)] and last_step(output) == int(step) < STEPS
