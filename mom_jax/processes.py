@@ -8,6 +8,7 @@ commands, on as many processes as there are then, continue from the last checkpo
 """
 
 import contextlib
+import functools
 import os
 import pickle
 import socket
@@ -143,12 +144,13 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
     return value
 
 
+@functools.cache
 def row_share(mesh: Mesh) -> tuple[int, int]:
     """(index, count): of the rows of a batch cut in ``count`` equal parts this process needs the one of this index.
 
-    Processes that split only what is not rows (memories, heads) read the same part. The parts, put together, are the batch
-    of a single process, in its order where the mesh lists the devices process by process, as it does but on TPUs, whose
-    topology may shuffle the parts.
+    Processes that split only what is not rows (tokens, memories, heads) read the same part. The parts, put together, are the
+    batch of a single process, in its order where the mesh lists the devices process by process, as it does but on TPUs,
+    whose topology may shuffle the parts.
 
     Raises ``ValueError`` if a process has no device in the mesh, or two share some of their rows but not all.
     """

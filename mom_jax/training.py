@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from mom_jax.config import ModelConfig, TrainConfig, require
 from mom_jax.layers import cast_weights
 from mom_jax.model import MoMLanguageModel, bind, init_params
+from mom_jax.processes import row_share
 from mom_jax.sharding import (
     PARAMETER_AXES,
     PARAMETER_MESH_AXES,
@@ -272,5 +273,8 @@ def evaluate(
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """The batch [B, T] on the devices as :func:`mom_jax.sharding.spec` says; each process gives its own rows."""
-    sharding = jax.sharding.NamedSharding(mesh, spec("bt"))
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    sharding, (_, processes) = jax.sharding.NamedSharding(mesh, spec("bt")), row_share(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (processes * len(x), *x.shape[1:]))
+        for name, x in batch.items()
+    }

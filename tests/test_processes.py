@@ -82,7 +82,9 @@ PROGRAM = """if True:
 """
 
 
-MESHES = ({"data": 4}, {"fsdp": 4}, {"data": 2, "memory": 2}, {"memory": 4}, {"data": 2, "fsdp": 2}, {"data": 2})
+MESHES = (
+    {"data": 4}, {"fsdp": 4}, {"data": 2, "memory": 2}, {"memory": 4}, {"sequence": 4}, {"data": 2, "fsdp": 2}, {"data": 2},
+)  # fmt: skip
 
 
 def run_program(settings: list[dict], environments: list[dict], devices: int, meshes=MESHES) -> list[dict]:
@@ -121,7 +123,7 @@ def test_two_processes_of_a_slurm_job_agree(port):
     for index, own in enumerate(found):
         assert own['{"data": 4}'] == own['{"fsdp": 4}'] == own['{"data": 2, "fsdp": 2}'] == [index, 2]
         assert own['{"data": 2, "memory": 2}'] == [index, 2]
-        assert own['{"memory": 4}'] == [0, 1]
+        assert own['{"memory": 4}'] == own['{"sequence": 4}'] == [0, 1]
         assert "all 4 devices of all processes must take part" in own['{"data": 2}']
         assert own["on_first"] == {"said by": 0, "text": "x" * 100}
         assert own["error"] == "'of process 0'"
@@ -143,7 +145,8 @@ def test_processes_that_share_some_rows_but_not_all_are_refused(port):
     settings = [{"coordinator": f"localhost:{port}", "num_processes": 2, "process_id": index} for index in range(2)]
     for own in run_program(settings, [{}] * 2, devices=3, meshes=[{"data": 3, "memory": 2}]):
         message = own['{"data": 3, "memory": 2}']
-        assert message.startswith("the mesh = {'data': 3, 'fsdp': 1, 'memory': 2, 'tensor': 1} is not allowed: the rows of")
+        assert message.startswith("the mesh = {'data': 3, 'fsdp': 1, 'memory': 2,")
+        assert "is not allowed: the rows of a process must be those of another or all different" in message
         assert message.endswith("divide the 3 devices of a process, or be a multiple of them")
 
 
@@ -205,12 +208,15 @@ def test_two_processes_train_as_one_and_one_goes_on_when_a_peer_is_killed(worksh
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(workshop, tmp_path):
+    """Of a mesh that splits rows, each process having read them whole; a single process ends the run."""
     output = tmp_path / "run"
-    flags = ["--mesh.data", "2", "--train.checkpoint-every", "100", "--train.preemption-deadline", "100"]
-    with workshop.start_team(2, "windows", output, *flags) as team:
+    flags = ["--train.checkpoint-every", "100", "--train.preemption-deadline", "100"]
+    with workshop.start_team(2, "windows", output, "--mesh.sequence", "2", *flags) as team:
         team.wait_until(lambda: last_step(output) >= 2)
         team.processes[1].terminate()
         assert team.wait() == [128 + signal.SIGTERM] * 2
         (step,) = re.findall(r"^SIGTERM: saved step (\d+); the same command", team.log(0), re.MULTILINE)
         assert "saved step" not in team.log(1)
     assert saved_steps(output) == [int(step)] and last_step(output) == int(step) < STEPS
+    workshop.run(workshop.train("windows", output, *flags))
+    assert_close_losses(output, workshop.uninterrupted("windows"))
