@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxprs import equations
 from models import KINDS, draw_params, small
-from numerics import LIMITS, assert_close
+from numerics import LIMITS, assert_close, relative_l2
 
 from mom_jax.config import AttentionConfig, MeshConfig, TrainConfig
 from mom_jax.generation import generate
@@ -75,13 +75,12 @@ CASES = {
     "single_kv": dict(conv_bias=True, vocab_size=61),  # a vocabulary that stays whole
     "not_shared": dict(remat="dots"),  # with the router's bias
     "hybrid": dict(num_layers=2, attention=AttentionConfig(layers=(1,), num_heads=4)),
-    "bfloat16": dict(dtype="bfloat16", remat="dots"),
 }
 
 
-def case(name):
+def case(name, dtype="float32"):
     """A config, its values and a batch; some targets are missing. Of the packed ones there are documents, and padding."""
-    config = small(name if name in KINDS else "mom", **dict(num_heads=4, vocab_size=64) | CASES[name])
+    config = small(name if name in KINDS else "mom", **dict(num_heads=4, vocab_size=64, dtype=dtype) | CASES[name])
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, 61, (2, B, T)).astype(np.int32)
     batch = {"tokens": tokens, "targets": np.where(rng.uniform(size=(B, T)) < 0.1, -1, targets)}
@@ -101,25 +100,41 @@ def gradient_of(config, variables):
 
 
 @cache
-def on_one_device(name):
-    config, params, variables, batch = case(name)
+def on_one_device(name, dtype="float32"):
+    config, params, variables, batch = case(name, dtype)
     return jax.device_get(gradient_of(config, variables)(params, batch))
+
+
+def on_mesh(name, mesh, dtype="float32"):
+    config, params, variables, batch = case(name, dtype)
+    mesh = make_mesh(MeshConfig(**MESHES[mesh]), config)
+    with use_mesh(mesh):
+        params = jax.device_put(params, shardings(mesh, parameter_specs(params)))
+        return jax.device_get(gradient_of(config, variables)(params, place(batch, mesh)))
 
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [("mom", mesh) for mesh in ("data", "fsdp", "memory", "tensor")] + [("packed", mesh) for mesh in ("two", "three")]
     + [("single_memory", mesh) for mesh in ("data", "tensor")] + [("single_kv", mesh) for mesh in ("memory", "three")]
-    + [("not_shared", "three"), ("hybrid", "three"), ("bfloat16", "without_memory")]
+    + [("not_shared", "three"), ("hybrid", "three")]
     + [("packed", "sequence"), ("single_kv", "long"), ("hybrid", "long")],
 )  # fmt: skip
 def test_a_mesh_gives_the_gradients_and_metrics_of_one_device(name, mesh):
-    config, params, variables, batch = case(name)
-    mesh = make_mesh(MeshConfig(**MESHES[mesh]), config)
-    with use_mesh(mesh):
-        params = jax.device_put(params, shardings(mesh, parameter_specs(params)))
-        found = gradient_of(config, variables)(params, place(batch, mesh))
-    assert_close(jax.device_get(found), on_one_device(name), LIMITS[config.dtype])
+    assert_close(on_mesh(name, mesh), on_one_device(name), LIMITS["float32"])
+
+
+def test_bfloat16_errs_on_a_mesh_as_on_one_device():
+    """Both against float32, all gradients as one vector: with values drawn this large, bfloat16 alone is far from it. With a
+    single memory, since rounding changes what a router chooses."""
+    exact, one, several = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradients)])
+        for gradients, _ in (
+            on_one_device("single_memory"), on_one_device("single_memory", "bfloat16"),
+            on_mesh("single_memory", "without_memory", "bfloat16"),
+        )
+    )  # fmt: skip
+    assert relative_l2(several, exact) < 1.25 * relative_l2(one, exact) < 0.25
 
 
 def test_rows_that_the_devices_cannot_share_are_computed_all_the_same():
