@@ -206,11 +206,13 @@ class _Loop:
         return result["loss"]
 
     def await_save(self, step: int) -> None:
-        self.peers.await_result(self.checkpoints.wait, "the save of step", step)
+        self.peers.await_result(self.checkpoints.wait, "the save of step", step, slow=True)
 
     def save(self, step: int, state: State, held_out_loss: float | None) -> None:
-        self.checkpoints.save(
-            step, state, config=self.run_config, data_iterator=self.batches, held_out_loss=held_out_loss
+        begin = functools.partial(
+            self.checkpoints.save, step, state, config=self.run_config, data_iterator=self.batches,
+            held_out_loss=held_out_loss,
         )  # fmt: skip
+        self.peers.await_result(begin, "the save of step", step, slow=True)
 
 

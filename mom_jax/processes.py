@@ -29,8 +29,8 @@ from mom_jax.sharding import spec
 
 MARGIN = 15
 """Seconds that JAX's own limits, which abort without saying what to do, come after ours."""
-COMPILATION = 600
-"""Seconds more that the first step, evaluation and save may take: not all processes compile equally fast."""
+SLOW = 600
+"""Seconds more that the first step and evaluation, which not all processes compile equally fast, and saves may take."""
 LONGEST_END = 1800
 """Seconds that the others wait for process 0, which draws pictures and samples at the end of a run."""
 
@@ -54,7 +54,7 @@ class DistributedConfig:
     join_timeout: int = 300
     """Seconds within which all processes must have started."""
     peer_timeout: int = 300
-    """Seconds that a step may keep this process waiting for the others; the first has COMPILATION more."""
+    """Seconds that a step may keep this process waiting for the others; the first, and saves, have ten minutes more."""
 
     def __post_init__(self):
         given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
@@ -212,14 +212,15 @@ class Peers:
 
     def fetch(self, values: Any, program: str, step: int) -> Any:
         """``jax.device_get`` of what ``program`` computes at ``step``."""
-        return self.await_result(lambda: jax.device_get(values), program, step)
+        first_time = program not in self._compiled
+        self._compiled.add(program)
+        return self.await_result(lambda: jax.device_get(values), program, step, slow=first_time)
 
-    def await_result(self, result: Callable[[], Any], program: str, step: int) -> Any:
-        """``result()``, for which ``program`` needs the others at ``step``."""
+    def await_result(self, result: Callable[[], Any], program: str, step: int, *, slow: bool) -> Any:
+        """``result()``, for which ``program`` needs the others at ``step``; if ``slow``, SLOW seconds longer."""
         limit = self._timeout
-        if limit is not None and program not in self._compiled:
-            self._compiled.add(program)
-            limit += COMPILATION
+        if limit is not None and slow:
+            limit += SLOW
 
         def message():
             late = f"{program} {step} has not ended within {limit:g} s: another process has died, or is late; see its log"
