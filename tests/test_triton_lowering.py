@@ -180,10 +180,11 @@ def test_model_uses_the_kernels(remat, implementation):
     assert kernels(lower(gradient, *arguments)) == expected
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "memory"])
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "memory", "sequence"])
 def test_several_devices_use_the_kernels(axis):
-    """Each on what it has: with split memories the routed ones and its part of the shared one, two runs of all but the
-    norm. With a split vocabulary the cross-entropy's is cut in two where the devices tell each other of their parts."""
+    """Each on what it has: with split memories the routed ones and its part of the shared one, two runs of all. With split
+    tokens a pass that only follows the states comes first, and the gradients of states are scanned twice. With a split
+    vocabulary the cross-entropy's is cut in two where the devices tell each other of their parts."""
     gradient, arguments = model_gradient(small(num_layers=1, vocab_size=64))
     whole, found = kernels(lower(gradient, *arguments)), kernels(lower(gradient, *arguments, **{axis: 2}))
     if axis in ("tensor", "memory"):
@@ -193,6 +194,10 @@ def test_several_devices_use_the_kernels(axis):
     if axis == "memory":
         assert found["recurrence_scan"] == found["recurrence_scan_grad"] == found["recurrence_gradients"] == 2
         assert found["grouped_matmul"] == whole["grouped_matmul"] and found["grouped_matmul_dw"] == 2
+        assert found["gated_rms_norm"] == found["gated_rms_norm_slots_grad"] == 2
+    elif axis == "sequence":
+        assert found["recurrence_local_states"] == 1 and found["recurrence_scan_grad"] == 2
+        assert found["short_convolution_grad"] == 3
     else:
         assert found == whole
 
