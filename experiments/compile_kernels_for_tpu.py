@@ -52,7 +52,7 @@ def works(widths: tuple[int, ...]) -> list[dict]:
     ]  # fmt: skip
     recurrences += [("gated_delta_rule", "mosaic_tpu", "bfloat16", "none", largest)]
     recurrences += [(op, "mosaic_tpu", "bfloat16", "key", largest) for op in RECURRENCES]
-    recurrences += [("gated_delta_rule", "chunked", "bfloat16", "head", largest)]  # linear attention is a part of it
+    recurrences += [(op, "chunked", "bfloat16", "head", largest) for op in RECURRENCES]
     matmuls = [("mosaic_tpu", "float32"), ("mosaic_tpu", "bfloat16"), ("chunked", "bfloat16")]
     found = recurrences + [("grouped_matmul", name, dtype, "none", 4 * largest) for name, dtype in matmuls]
     return [dict(zip(("op", "implementation", "dtype", "decay", "width"), values, strict=True)) for values in found]
