@@ -33,7 +33,7 @@ from timing import collective_ms, compiled_gib, mixer_flops_per_token, settings_
 
 from mom_jax.config import PRESETS, MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.sharding import make_mesh, use_mesh
-from mom_jax.training import make_state, make_train_step, place
+from mom_jax.training import jit_step, make_state, make_train_step, place
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BenchmarkTraining:
     unroll: bool = True
     """Whether layers are compiled one by one: faster steps, about a minute of compilation."""
     rows_at_once: int = 8
-    """Rows a device whose activations are held at once; larger batches are accumulated."""
+    """Rows for each device that are worked through at once; larger batches are accumulated."""
     peak_tflops: float = 989.0
     """Dense bfloat16 peak of the device, TFLOP/s."""
     output: str = "runs/benchmark_training"
@@ -98,12 +98,15 @@ def measure(config: BenchmarkTraining, model: ModelConfig, batch_size: int, mesh
     """Times, memory and losses of one setting."""
     train = TrainConfig(steps=config.steps + 2, warmup_steps=0, accumulation=config.pieces(batch_size))
     mesh, rng = make_mesh(mesh_config(mesh_name), model), np.random.default_rng(0)
+    sequence = mesh.shape["sequence"]
+    allowed = f"it must be a multiple of the sequence={sequence} of a mesh"
+    require(config.sequence_length % sequence == 0, "sequence_length", config.sequence_length, allowed)
     shape = (batch_size * mesh.size, config.sequence_length)
     with use_mesh(mesh):
         state = make_state(model, train, mesh)
         batch = {name: rng.integers(0, model.vocab_size, shape).astype(np.int32) for name in ("tokens", "targets")}
         batch = place(batch, mesh)
-        step = jax.jit(make_train_step(model, train), donate_argnums=0).lower(state, batch).compile()
+        step = jit_step(make_train_step(model, train), model, train, mesh).lower(state, batch).compile()
         seconds, losses = [], []
         for _ in range(config.steps + 2):
             start = time.perf_counter()

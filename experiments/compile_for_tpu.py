@@ -23,7 +23,7 @@ from tpus import collectives, gib, hbm_gib, kernels, out_of_memory, topology_dev
 
 from mom_jax.config import MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.sharding import make_mesh, spec, use_mesh
-from mom_jax.training import abstract_state, make_train_step
+from mom_jax.training import abstract_state, jit_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ def completed(config: CompileForTPU, count: int) -> CompileForTPU:
     batch_size = config.batch_size or rows
     allowed = f"it must be a multiple of mesh.data * mesh.fsdp * train.accumulation = {rows}"
     require(batch_size % rows == 0, "batch_size", batch_size, allowed)
+    allowed = f"it must be a multiple of mesh.sequence = {mesh.sequence}"
+    require(config.sequence_length % mesh.sequence == 0, "sequence_length", config.sequence_length, allowed)
     return dataclasses.replace(config, mesh=mesh, batch_size=batch_size)
 
 
@@ -66,9 +68,9 @@ def compile_step(config: CompileForTPU, devices: list[jax.Device]):
     mesh = make_mesh(config.mesh, config.model, devices)
     with use_mesh(mesh):
         state = abstract_state(config.model, config.train, mesh)
-        rows = jax.NamedSharding(mesh, spec("b"))
-        tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32, sharding=rows)
-        step = jax.jit(make_train_step(config.model, config.train), donate_argnums=0)
+        place = jax.NamedSharding(mesh, spec("bt"))
+        tokens = jax.ShapeDtypeStruct((config.batch_size, config.sequence_length), jnp.int32, sharding=place)
+        step = jit_step(make_train_step(config.model, config.train), config.model, config.train, mesh)
         return step.lower(state, {"tokens": tokens, "targets": tokens}).compile()
 
 

@@ -28,6 +28,7 @@ from mom_jax.training import (
     State,
     abstract_state,
     evaluate,
+    jit_step,
     make_eval_step,
     make_state,
     make_train_step,
@@ -116,10 +117,9 @@ class _Loop:
         self.model, self.train, self.mesh, self.run_config = model, train, mesh, run_config
         self.valid_data, self.tokens_per_byte = valid_data, tokens_per_byte
         self.checkpoints, self.log, self.batches, self.peers = checkpoints, log, batches, peers
-        # Metrics whole on every device, so that every process can read them; states as they came.
+        self.train_step = jit_step(make_train_step(model, train), model, train, mesh)
+        # Whole on every device, so that every process can read it.
         whole = NamedSharding(mesh, PartitionSpec())
-        as_it_came = jax.tree.map(lambda x: x.sharding, abstract_state(model, train, mesh))
-        self.train_step = jax.jit(make_train_step(model, train), donate_argnums=0, out_shardings=(as_it_came, whole))
         self.eval_step = jax.jit(make_eval_step(model, train.loss_chunk), out_shardings=whole)
         self.load: np.ndarray | None = None
 

@@ -133,10 +133,16 @@ def _in_place(shape: tuple[int, ...], product: Product) -> tuple[tuple[jax.Array
 
 
 def _products(x: jax.Array, products: dict[str, Product], dtype) -> dict[str, jax.Array]:
-    if shares_tokens(x) and all(len(product.weights) == 1 for product in products.values()):
+    if shares_tokens(x) and all(map(_is_of_one_matrix, products.values())):
         factors = [(product.equation, *product.weights) for product in products.values()]
         return dict(zip(products, products_over_mesh(partial(_einsum, dtype=dtype), x, factors), strict=True))
     return {name: _product(x, product, dtype) for name, product in products.items()}
+
+
+def _is_of_one_matrix(product: Product) -> bool:
+    """Whether it is of one weight that has the equation's axes, and its result of the compute type."""
+    of_w = re.fullmatch(r"\w+,(\w+)->\w+", product.equation)[1]
+    return len(product.weights) == 1 and product.weights[0].ndim == len(of_w) and product.out_dtype is None
 
 
 def _product(x: jax.Array, product: Product, dtype) -> jax.Array:

@@ -26,7 +26,6 @@ from mom_jax.routing import Dispatch, Router, Routing
 from mom_jax.sharding import (
     EXCHANGED,
     PARAMETER_AXES,
-    PARAMETER_MESH_AXES,
     constrain,
     gather_over_fsdp,
     leaf_name,
@@ -188,7 +187,7 @@ class MixtureOfMemories(nnx.Module):
         graph, state = nnx.split(self)
         params = nnx.to_pure_dict(state)
         outside = {name: params.pop(name) for name in ("router", "w_o")}  # not needed inside
-        in_specs = parameter_specs(params, PARAMETER_MESH_AXES | {"H": ("tensor",)})
+        in_specs = parameter_specs(params)
 
         def module(params, **changes):
             values = jax.tree.map(lambda x: x, state)  # replaced in place

@@ -121,6 +121,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+@functools.cache
 def console() -> TextIO:
     """Where this process reports its progress: stderr, or nowhere."""
     return sys.stderr if is_first() else open(os.devnull, "w", encoding="utf-8")
@@ -135,7 +136,10 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
         try:
             outcome = pickle.dumps((function(), None))
         except Exception as error:
-            outcome = pickle.dumps((None, error))
+            try:
+                outcome = pickle.dumps((None, error))
+            except Exception:  # the others wait for something to be raised
+                outcome = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
     data = np.frombuffer(outcome.ljust(size, b"\0"), np.uint8)
     value, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())
@@ -165,7 +169,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     require(
         len({len(share) for share in shares}) == 1 and len(set().union(*shares)) == sum(map(len, shares)),
         "the mesh", dict(mesh.shape), "the rows of a process must be those of another or all different: let mesh.memory * "
-        f"mesh.tensor divide the {jax.local_device_count()} devices of a process, or be a multiple of them",
+        f"mesh.tensor * mesh.sequence divide the {jax.local_device_count()} devices of a process, or be a multiple of them",
     )  # fmt: skip
     return shares.index(tuple(sorted(blocks[jax.process_index()]))), len(shares)
 

@@ -32,8 +32,9 @@ from mom_jax.config import MeshConfig, ModelConfig, require
 
 ROWS, WIDTHS = ("data", "fsdp"), ("tensor", "memory")
 MESH_AXES = {"b": ROWS, "t": ("sequence",), "m": ("memory",), "h": WIDTHS, "g": WIDTHS, "f": WIDTHS, "o": WIDTHS}
-# Of parameters, whose capital letters are axes that every device has whole, since they are small.
-PARAMETER_MESH_AXES = MESH_AXES | {"d": ("fsdp",)}
+# Of parameters, whose capital letters are axes that are not split like activations: since they are small every device has
+# them whole, but for the heads of the memories, of which it has those that it works with.
+PARAMETER_MESH_AXES = MESH_AXES | {"d": ("fsdp",), "H": ("tensor",)}
 
 PARAMETER_AXES = {
     # embedding and head

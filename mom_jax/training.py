@@ -223,6 +223,15 @@ def make_train_step(model: ModelConfig, train: TrainConfig) -> Callable[[State, 
     return step
 
 
+def jit_step(
+    step: Callable[[State, Batch], tuple[State, Metrics]], model: ModelConfig, train: TrainConfig, mesh: Mesh
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """A train step for the mesh: the state donated and laid out as it came, metrics whole on every device."""
+    as_it_came = jax.tree.map(lambda x: x.sharding, abstract_state(model, train, mesh))
+    whole = jax.NamedSharding(mesh, jax.P())
+    return jax.jit(step, donate_argnums=0, out_shardings=(as_it_came, whole))
+
+
 def _balance_biases(model: ModelConfig, variables, load: Float[Array, "L M"]):
     """Loss-free balancing (arXiv 2408.15664, algorithm 1): each bias moves against its memory's excess load."""
     if model.router_bias_rate == 0:

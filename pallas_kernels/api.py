@@ -55,7 +55,10 @@ def _run(op, q, k, v, log_decay, gates, segments, run_ids, initial_state, scale,
         check(op, shape == state_shape, "the shape of initial_state", shape, allowed)
         initial_state = initial_state.astype(jnp.float32)
 
-    functions = choose(op, implementation, {"k": k, "v": v, "log_decay": log_decay}, interpret, also=("final_states",))
+    arrays = {"k": k, "v": v, "log_decay": log_decay}
+    if handover is not None:  # final_states has K more columns
+        arrays["v"] = jax.ShapeDtypeStruct((*v.shape[:3], value_width + key_width), v.dtype)
+    functions = choose(op, implementation, arrays, interpret, also=("final_states",))
     pad = -num_slots % SEGMENT_ALIGNMENT
     padded = [None if x is None else _pad_slots(x, pad) for x in (q, k, v, log_decay, *gates, run_ids)]
     scale, (*arrays, run_ids) = key_width**-0.5 if scale is None else scale, padded

@@ -79,9 +79,11 @@ def test_outputs_states_and_gradients_are_those_of_one_device(op, implementation
 
     lengths, slot = parts_of(whole, num_slots, rng)
     is_last = (np.arange(DEVICES) == DEVICES - 1).reshape(-1, 1, 1, 1, 1, 1)  # where the state after everything is
-    parts = {name: None if x is None else spread(x, slot, 0) for name, x in inputs.items()}
+    parts = {name: None if x is None else spread(x, slot, np.nan) for name, x in inputs.items()}
     part_runs = None if run_ids is None else spread(run_ids, slot, 0)
-    states = None if initial_state is None else np.stack([initial_state] * DEVICES)  # the others' must not matter
+    states = initial_state
+    if states is not None:  # those of the others must not matter
+        states = np.stack([initial_state] + [np.full_like(initial_state, np.nan)] * (DEVICES - 1))
     cotangents = spread(cotangents[0], slot, 1), np.where(is_last, cotangents[1], 0)
 
     def on_device(inputs, state, run_ids, lengths, cotangents):
@@ -116,6 +118,49 @@ def test_outputs_states_and_gradients_are_those_of_one_device(op, implementation
     if d_state is not None:
         assert_close(d_states[0], d_state, limit, "initial state")
         assert not np.any(d_states[1:])
+
+
+def test_states_on_the_way_and_their_gradients(rng):
+    """Of every device, against parts that are run one after another; runs begin at the borders of devices and between."""
+    segments = Segments.from_lengths(jnp.asarray([[70, 3], [0, 129]], jnp.int32))
+    num_slots, shape = 192, (DEVICES, 2, 192, 2)
+    rows = [jax.tree.map(lambda x: x[None], segments.lengths)] * DEVICES
+    lengths = jnp.concatenate(rows).at[1].set(jnp.asarray([[0, 64], [5, 0]], jnp.int32))
+    k = rng.normal(size=(*shape, 16))
+    q, v = rng.normal(size=(2, *k.shape))
+    log_decay, beta = -rng.exponential(0.01, shape), rng.uniform(size=shape)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v, log_decay, beta))
+    documents = np.asarray([0, 1, 1, 2])  # of a device's first token; the last device's row 0 has a further one at slot 40
+    run_ids = np.broadcast_to(documents[:, None, None], (DEVICES, 2, num_slots)).astype(np.int32).copy()
+    run_ids[3, 0, 40:] += 1
+
+    def one_after_another(arrays):
+        outputs, state, before = [], jnp.zeros((2, 2, 2, 16, 16)), np.full((2, 2), -1)
+        for device in range(DEVICES):
+            parts = Segments.from_lengths(lengths[device])
+            reached = np.asarray(lengths[device]) > 0
+            first = np.where(reached, documents[device], before)
+            state = jnp.where((first == before)[..., None, None, None], state, 0)
+            ids = jnp.asarray(run_ids[device])
+            o, state = api.gated_delta_rule(
+                *(x[device] for x in arrays), segments=parts, run_ids=ids, initial_state=state, implementation="reference"
+            )  # fmt: skip
+            last = run_ids[device][np.arange(2)[:, None], np.asarray(parts.offsets[:, :-1] + parts.lengths - 1)]
+            before = np.where(reached, last, before)
+            outputs.append((o, state))
+        return jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+
+    def on_device(arrays, run_ids, lengths, cotangents):
+        parts = Segments.from_lengths(lengths)
+        how = {"segments": parts, "run_ids": run_ids, "handover": Handover.of(parts, run_ids, "sequence")}
+        out, pull = jax.vjp(lambda arrays: api.gated_delta_rule(*arrays, **how, implementation="chunked"), arrays)
+        return out, pull(cotangents)[0]
+
+    expected, pull = jax.vjp(one_after_another, arrays)
+    cotangents = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), expected)
+    found = along(on_device, PartitionSpec("sequence"))(arrays, run_ids, lengths, cotangents)
+    assert_close(found, (expected, pull(cotangents)[0]), LIMITS["float32"])
 
 
 @pytest.mark.parametrize("has_runs", [False, True])

@@ -16,11 +16,11 @@ from numerics import LIMITS, assert_close, relative_l2
 
 from mom_jax.config import AttentionConfig, MeshConfig, TrainConfig
 from mom_jax.generation import generate
-from mom_jax.layers import cast_weights
+from mom_jax.layers import Product, cast_weights, einsums
 from mom_jax.model import ModelState, bind, model_structure, split_params
 from mom_jax.sampling import Sampling
 from mom_jax.sharding import PARAMETER_AXES, constrain, leaf_name, make_mesh, parameter_specs, shardings, spec, use_mesh
-from mom_jax.training import abstract_state, loss_and_metrics, make_eval_step, make_train_step, place
+from mom_jax.training import abstract_state, jit_step, loss_and_metrics, make_eval_step, make_train_step, place
 
 MESHES = {
     "data": {"data": 8}, "fsdp": {"fsdp": 8}, "memory": {"memory": 4}, "tensor": {"tensor": 4},
@@ -54,7 +54,7 @@ def test_every_parameter_has_its_axes(kind):
 
 
 def test_specs_of_parameters_and_of_what_is_made_from_them():
-    assert spec("bthv") == PartitionSpec(("data", "fsdp"), None, ("tensor", "memory"), None)
+    assert spec("bthv") == PartitionSpec(("data", "fsdp"), "sequence", ("tensor", "memory"), None)
     params, _ = abstract_params(small())
     specs = parameter_specs(params)
     rule = specs["runs"]["run_0"]["mixer"]["rule"]
@@ -118,7 +118,7 @@ def on_mesh(name, mesh, dtype="float32"):
     [("mom", mesh) for mesh in ("data", "fsdp", "memory", "tensor")] + [("packed", mesh) for mesh in ("two", "three")]
     + [("single_memory", mesh) for mesh in ("data", "tensor")] + [("single_kv", mesh) for mesh in ("memory", "three")]
     + [("not_shared", "three"), ("hybrid", "three")]
-    + [("packed", "sequence"), ("single_kv", "long"), ("hybrid", "long")],
+    + [("packed", "sequence"), ("single_kv", "long"), ("hybrid", "long"), ("not_shared", "sequence")],
 )  # fmt: skip
 def test_a_mesh_gives_the_gradients_and_metrics_of_one_device(name, mesh):
     assert_close(on_mesh(name, mesh), on_one_device(name), LIMITS["float32"])
@@ -135,6 +135,19 @@ def test_bfloat16_errs_on_a_mesh_as_on_one_device():
         )
     )  # fmt: skip
     assert relative_l2(several, exact) < 1.25 * relative_l2(one, exact) < 0.25
+
+
+def test_short_rows_have_the_gates_of_one_device():
+    """Rows that are stepped through: with one projection for all memories, and float32 gates of bfloat16 models."""
+    config, params, variables, batch = case("single_kv")
+    tokens = jnp.asarray(batch["tokens"][:, :9])
+    expected = bind(config, params, variables).hidden(tokens).hidden
+    x, w = jnp.ones((B, 9, 32), jnp.bfloat16), jnp.ones((4, 32, 2))
+    with use_mesh(make_mesh(MeshConfig(data=2, memory=2), config)):
+        found = jax.jit(lambda params: bind(config, params, variables).hidden(tokens).hidden)(params)
+        gates = jax.jit(lambda x, w: einsums(x, {"a": Product("btd,mdh->btmh", (w,), jnp.float32)}, dtype="bfloat16"))(x, w)
+    assert_close(found, expected, LIMITS["float32"])
+    assert gates["a"].dtype == jnp.float32
 
 
 def test_rows_that_the_devices_cannot_share_are_computed_all_the_same():
@@ -161,7 +174,8 @@ def train_program(rows=B, length=LENGTH, **sizes):
     with use_mesh(mesh):
         of_tokens = NamedSharding(mesh, spec("bt"))
         batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=of_tokens))
-        step, state = jax.jit(make_train_step(config, train), donate_argnums=0), abstract_state(config, train, mesh)
+        step = jit_step(make_train_step(config, train), config, train, mesh)
+        state = abstract_state(config, train, mesh)
         program = step.lower(state, batch).compile()
     parameters = {"layer": 0, "outside": 0, "others": 0}
     for path, x in jax.tree_util.tree_leaves_with_path(state["params"]):
