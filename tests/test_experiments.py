@@ -214,7 +214,7 @@ SCRIPTS = {
     "benchmark_training.py": (
         lambda workshop, output: [
             "--presets", "tiny", "--batch-sizes", "1", "--sequence-length", "64", "--steps", "1",
-            "--meshes", "one", "data=2", "--output", str(output),
+            "--meshes", "one", "data=1,memory=1", "--output", str(output),
         ],
         ["training.json"],
     ),
