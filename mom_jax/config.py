@@ -126,9 +126,7 @@ class ModelConfig:
     implementation: Literal["triton", "chunked", "reference"] | None = None
     """Implementation of the ops, of those under 64 tokens as far as it can; None: the fastest that the device has."""
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, all but matmuls, chunk matrices and the mixer's output, or everything.
-
-    With "none" over mesh.fsdp the gathered weights of all layers are kept, too."""
+    """What the backward pass recomputes: nothing, all but matmuls, chunk matrices and the mixer's output, or everything."""
     unroll: bool = False
     """Whether layers are compiled one by one, not as the body of a loop: faster steps, several times the compilation."""
     bos_token_id: int | None = 1

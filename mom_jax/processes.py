@@ -121,10 +121,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-@functools.cache
 def console() -> TextIO:
     """Where this process reports its progress: stderr, or nowhere."""
-    return sys.stderr if is_first() else open(os.devnull, "w", encoding="utf-8")
+    return sys.stderr if is_first() else _nowhere()
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def on_first[Value](function: Callable[[], Value]) -> Value:
