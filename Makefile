@@ -36,11 +36,12 @@ test: install
 # An environment of its own: where libtpu is installed, JAX looks for a TPU in every program.
 .venv-tpu/installed: setup.cfg pyproject.toml
 	test -x $(TPU_PYTHON) || $(BASE_PYTHON) -m venv .venv-tpu
-	$(TPU_PYTHON) -m pip install --quiet --editable '.[tpu]'
+	$(TPU_PYTHON) -m pip install --quiet --editable '.[tpu,test]'
 	touch $@
 
 # Compiles for TPUs with libtpu, which needs none: every kernel for five generations, mom_1_3b's training step for two.
 tpu-check: .venv-tpu/installed
+	$(TPU_PYTHON) -m pytest -q tests/test_compile_for_tpu.py
 	$(TPU_PYTHON) experiments/compile_kernels_for_tpu.py --output $(TPU_RESULTS)
 	for topology in v5e:4x4 v5p:2x2x2; do \
 	    $(TPU_PYTHON) experiments/compile_for_tpu.py --topology $$topology --preset mom_1_3b --batch-size 64 \

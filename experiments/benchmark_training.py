@@ -1,8 +1,8 @@
 """Times training steps of the presets on random tokens: tokens/s, MFU and peak memory; on one device or meshes of several.
 
     python experiments/benchmark_training.py --output docs/results/training      one NVIDIA GPU, about 5 minutes
-    python experiments/benchmark_training.py --batch-sizes 16 --rows-at-once 16 --meshes one data=2 fsdp=2 memory=2 \
-        --output docs/results/meshes                     any number of NVIDIA GPUs, here two; two minutes a mesh and preset
+    python experiments/benchmark_training.py --no-unroll --steps 6 --batch-sizes 16 --rows-at-once 16 \
+        --meshes one data=2 fsdp=2 memory=2 --output docs/results/meshes      two H200s, half a minute a preset and mesh
 
 Each step is timed from its start to its loss on the host, after two that are not; the median counts. MFU is the share of
 --peak-tflops (dense bfloat16; 989 is the H200's datasheet) that useful arithmetic takes, nothing recomputed counted:

@@ -1,6 +1,6 @@
 """Does a long prompt in pieces take constant memory, and end in the state of the whole prompt at once?
 
-    python experiments/check_long_context.py --output docs/results/long_context     one NVIDIA GPU; the million took a minute
+    python experiments/check_long_context.py --output docs/results/long_context     one H200, about 3 minutes
     python experiments/check_long_context.py --preset tiny --tokens 32768 --compare 8192      two CPU cores, half a minute
 
 From fresh weights and random tokens, one row:

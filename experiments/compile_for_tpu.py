@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from cli import run
+from hlo import KINDS, collectives, kernels
 from timing import settings_of, write_report
-from tpus import collectives, gib, hbm_gib, kernels, out_of_memory, topology_devices, versions
+from tpus import gib, hbm_gib, out_of_memory, topology_devices, versions
 
 from mom_jax.config import MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.sharding import make_mesh, spec, use_mesh
@@ -74,6 +75,15 @@ def compile_step(config: CompileForTPU, devices: list[jax.Device]):
         return step.lower(state, {"tokens": tokens, "targets": tokens}).compile()
 
 
+def totals(hlo: str) -> dict[str, dict[str, int]]:
+    """How often each kind of collective runs in a step, and the bytes of their results on a device."""
+    found = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
+    for collective in collectives(hlo):
+        found[collective.kind]["count"] += collective.times
+        found[collective.kind]["bytes"] += collective.times * sum(collective.bytes)
+    return found
+
+
 def main(config: CompileForTPU) -> dict:
     devices = topology_devices(config.topology)
     config, hbm = completed(config, len(devices)), hbm_gib(devices)
@@ -100,7 +110,7 @@ def main(config: CompileForTPU) -> dict:
         }  # fmt: skip
         total = sum(sizes.values()) - 2 * sizes["results in place of arguments"]
         figures |= {"bytes": sizes | {"total": total}, "fits": total <= hbm * 2**30}
-        figures |= {"collectives": collectives(hlo), "kernels": kernels(hlo)}
+        figures |= {"collectives": totals(hlo), "kernels": kernels(hlo)}
         lines += [f"| {name}, GiB a device | {gib(size)} |" for name, size in figures["bytes"].items()]
         lines += [
             f"| {kind} | {found['count']}, {gib(found['bytes'])} GiB |" for kind, found in figures["collectives"].items()

@@ -16,8 +16,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from cli import run
+from hlo import kernels
 from timing import settings_of, write_report
-from tpus import kernels, topology_devices, versions
+from tpus import topology_devices, versions
 
 from mom_jax.config import require
 from pallas_kernels import api

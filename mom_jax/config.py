@@ -388,7 +388,6 @@ class MeshConfig:
     """Devices over which the memories are split, and all else of a layer by heads and widths; it divides num_memories."""
     tensor: int = 1
     """Devices over which the heads of every memory are split, and all else of a layer by heads and widths."""
-
     sequence: int = 1
     """Devices over which the tokens of a row are split, for long rows; it divides the sequence length."""
 

@@ -16,6 +16,7 @@ from faults import flip_a_bit, truncate
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mom_jax.checkpoint import CHECKSUMS, Checkpoints, find_step, load_config
+from mom_jax.files import checksums_of
 
 CONFIG = {"model": {"hidden_size": 8, "layers": (1, 2), "dtype": "bfloat16"}, "train": {"log_every": 10, "steps": 100}}
 
@@ -149,6 +150,21 @@ def test_grain_iterator_continues_where_it_stood(tmp_path):
     restore(tmp_path, data_iterator=fresh)
     for _ in range(30):
         np.testing.assert_array_equal(next(fresh), next(rows))
+
+
+def test_an_iterator_that_grain_itself_saved_continues_too(tmp_path):
+    """As checkpoints hold it that are older than several processes."""
+    rows = iter(grain.MapDataset.range(100).to_iter_dataset())
+    next(rows)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(0), config=CONFIG, data_iterator=rows)
+    directory = tmp_path / "1" / "data_iterator"
+    (directory / "metadata").unlink()
+    grain.checkpoint.CheckpointHandler().save(directory, rows)
+    (tmp_path / "1" / CHECKSUMS).write_text(json.dumps(checksums_of(tmp_path / "1", "*/*")))
+    fresh = iter(grain.MapDataset.range(100).to_iter_dataset())
+    restore(tmp_path, data_iterator=fresh)
+    assert next(fresh) == 1
 
 
 def test_another_config_is_refused_with_every_difference(tmp_path):

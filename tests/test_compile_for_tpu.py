@@ -1,22 +1,18 @@
 """Compilation for TPUs: what is read out of a compiled program, the settings, and, where libtpu is, kernels and a step."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
+import compile_for_tpu
+import compile_kernels_for_tpu
+import hlo
 import jax
 import pytest
+import tpus
+from compile_for_tpu import CompileForTPU
+from models import small
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import compile_for_tpu  # noqa: E402
-import compile_kernels_for_tpu  # noqa: E402
-import tpus  # noqa: E402
-from compile_for_tpu import CompileForTPU  # noqa: E402
-from models import small  # noqa: E402
-
-from mom_jax.config import MeshConfig, TrainConfig  # noqa: E402
-from mom_jax.sharding import make_mesh  # noqa: E402
+from mom_jax.config import MeshConfig, TrainConfig
+from mom_jax.sharding import make_mesh
 
 has_libtpu = importlib.util.find_spec("libtpu") is not None
 
@@ -33,13 +29,14 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 }
 
 %body.4 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
-  %gather = bf16[1,2048,4,256]{3,2,0,1:T(4,128)(2,1)} all-gather(%w), dimensions={1}
+  %gather = bf16[1,2048,4,256]{3,2,0,1:T(4,128)(2,1)} all-gather(%w), replica_groups=mesh['fsdp'=4] {'fsdp'}
   %kernel = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", metadata={op_name="a/recurrence/pallas_call"}
-  ROOT %all = (f32[4]{0:T(128)}, /*index=1*/f32[]{:T(128)}) all-reduce(%a, %b), to_apply=%add.1
+  ROOT %all = (f32[4]{0:T(128)}, /*index=1*/f32[]{:T(128)}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}, to_apply=%add.1
 }
 
 %fused.5 (p: f32[4]) -> f32[4] {
-  ROOT %scattered = f32[4]{0} reduce-scatter(%p), to_apply=%add.1
+  ROOT %scattered = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, to_apply=%add.1
+  %one = f32[4]{0} all-reduce(%p), replica_groups=mesh['data'=1,'fsdp'=4] {'data'}, to_apply=%add.1
 }
 
 ENTRY %main.6 (p: f32[4]) -> f32[4] {
@@ -55,7 +52,7 @@ ENTRY %main.6 (p: f32[4]) -> f32[4] {
 
 
 def test_collectives_count_as_often_as_their_loop_runs():
-    found = {kind: (x["count"], x["bytes"]) for kind, x in tpus.collectives(PROGRAM).items() if x["count"]}
+    found = {kind: (x["count"], x["bytes"]) for kind, x in compile_for_tpu.totals(PROGRAM).items() if x["count"]}
     assert found == {
         "all-gather": (24, 24 * 2 * 2048 * 4 * 256), "all-reduce": (24, 24 * 20), "reduce-scatter": (1, 16),
         "collective-permute": (1, 16),
@@ -63,7 +60,7 @@ def test_collectives_count_as_often_as_their_loop_runs():
 
 
 def test_kernels_are_found_by_name():
-    assert tpus.kernels(PROGRAM) == {"recurrence": 2, "ragged-dot": 1, "recurrence_grad": 1}
+    assert hlo.kernels(PROGRAM) == {"recurrence": 2, "ragged-dot": 1, "recurrence_grad": 1}
 
 
 def test_what_is_not_given_comes_from_the_topology():
@@ -95,13 +92,13 @@ def test_every_op_is_compiled_with_every_decay():
         jax.eval_shape(function, *arguments)
 
 
-@pytest.mark.skipif(has_libtpu, reason="libtpu is there")
+@pytest.mark.skipif(has_libtpu, reason="libtpu is there; make test runs it where there is none")
 def test_without_libtpu_it_says_what_to_install():
     with pytest.raises(ModuleNotFoundError, match="make tpu-check"):
         tpus.topology_devices("v5e:2x2")
 
 
-@pytest.mark.skipif(not has_libtpu, reason="needs libtpu: make tpu-check's environment")
+@pytest.mark.skipif(not has_libtpu, reason="needs libtpu: make tpu-check runs it")
 def test_a_step_compiles_and_bad_topologies_are_named(tmp_path):
     with pytest.raises(ValueError, match="topology = 'v9:2x2' is not allowed: GENERATION:CHIPS"):
         tpus.topology_devices("v9:2x2")

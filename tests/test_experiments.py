@@ -8,6 +8,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import check_long_context
+import evaluate
+import export_checkpoint
 import numpy as np
 import pytest
 from workshop import EXPERIMENTS, STEPS, Workshop, losses
@@ -19,11 +22,6 @@ from mom_jax.token_files import ByteTokenizer
 from mom_jax.weights import weights_of
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(EXPERIMENTS))
-
-import check_long_context  # noqa: E402
-import evaluate  # noqa: E402
-import export_checkpoint  # noqa: E402
 
 
 class Scripts(Workshop):
@@ -333,7 +331,6 @@ def test_an_interrupted_comparison_is_finished(workshop, tmp_path):
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *NEED_LIBTPU])
 def test_experiments_explain_themselves(script, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(EXPERIMENTS)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     monkeypatch.setenv("COLUMNS", "1000")  # nothing wraps
     with pytest.raises(SystemExit, match="0"):

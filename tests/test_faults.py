@@ -192,7 +192,7 @@ cp -r "$2" "$2.copy"
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not can_mount(), reason="no namespaces for users here")
+@pytest.mark.skipif(not can_mount(), reason="needs Linux user namespaces, to mount a small file system: make test-faults")
 def test_a_file_system_without_room_keeps_the_checkpoint_before(workshop, tmp_path, tally, trials):
     """A tmpfs that has room for two or three checkpoints; then it grows, and the same command goes on."""
     expected = workshop.uninterrupted("windows")

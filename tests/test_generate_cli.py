@@ -6,6 +6,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import cli
+import generate as script
 import pytest
 import tokenizers
 from models import model_of, small
@@ -14,12 +16,6 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from mom_jax import save_pretrained
 from mom_jax.generation import generate
 from mom_jax.sampling import Sampling
-
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import cli  # noqa: E402
-import generate as script  # noqa: E402
 
 NEW = 10
 

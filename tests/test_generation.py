@@ -23,7 +23,7 @@ NEW = 5  # tokens drawn
 LENGTHS = (150, 66, 1)  # three pieces of 64, of which a row may see only padding
 SHORT = (40, 21, 1)  # so short that nothing is dispatched to slots, in pieces of 32 neither: quickly compiled
 # All of tests/models.py in which the state differs, and the parameters: all_memories here is single_kv too.
-KINDS = ("mom", "hybrid", "full_attention_hybrid", "single_memory", "not_shared", "all_memories")
+KINDS = ("mom", "hybrid", "full_attention_hybrid", "attention_only", "single_memory", "not_shared", "all_memories")
 DISPATCHED = ("mom", "hybrid")
 LOOSE = Sampling(temperature=3.0)
 

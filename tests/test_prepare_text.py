@@ -6,18 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prepare_text
 import pyarrow
 import pyarrow.parquet
 import pytest
+import text_readers
+from prepare_text import PrepareText, prepare
 
 from mom_jax.token_files import TokenFile, load_tokenizer
-
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import prepare_text  # noqa: E402
-import text_readers  # noqa: E402
-from prepare_text import PrepareText, prepare  # noqa: E402
 
 
 def documents(directory, split):
@@ -286,7 +282,7 @@ def test_an_existing_tokenizer_is_used(tmp_path, texts):
 
 
 def test_help_explains_every_field():
-    script = str(EXPERIMENTS / "prepare_text.py")
+    script = prepare_text.__file__
     help_text = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
     for flag in ("--inputs", "--held-out-fraction", "--tokenizer", "--skip-empty", "--corpus {None,shakespeare}"):
         assert flag in help_text
@@ -310,7 +306,7 @@ def test_the_default_corpus_takes_one_edition_of_each_work(tmp_path, monkeypatch
 
 
 def test_errors_of_the_command_are_one_line(tmp_path):
-    script = str(EXPERIMENTS / "prepare_text.py")
+    script = prepare_text.__file__
     command = [sys.executable, script, "--inputs", str(tmp_path), "--output", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from collectives import collectives
 from flax import nnx
+from hlo import collectives
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxprs import equations
 from models import KINDS, draw_params, small
@@ -200,10 +200,14 @@ def test_each_of_four_devices_has_its_part_of_the_work_and_of_the_state(sizes, s
     assert share_of_state - 0.05 < state_bytes < share_of_state + 0.05
 
 
+def kinds_of(program):
+    return {collective.kind for collective in collectives(program.as_text())}
+
+
 def sent(program, kind, **which):
     """The bytes of all results of the collectives of a kind."""
     return [
-        size for collective in collectives(program) for size in collective.bytes
+        size for collective in collectives(program.as_text()) for size in collective.bytes
         if collective.kind == kind and all(getattr(collective, name) == value for name, value in which.items())
     ]  # fmt: skip
 
@@ -234,13 +238,13 @@ def test_fsdp_gathers_parameters_and_scatters_their_gradients(sizes):
         assert sum(sent(program, "reduce-scatter", **of_fsdp)) == size // fsdp
     summed_over_data = (parameters["layer"] + parameters["outside"]) // fsdp if "data" in sizes else 0
     assert sum(sent(program, "all-reduce")) < summed_over_data + parameters["others"] + METRICS
-    assert {collective.kind for collective in collectives(program)} == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert kinds_of(program) == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
 def test_data_sums_gradients_once():
     """Those of a layer for each, the head's after all chunks."""
     program, parameters = train_program(data=4)
-    assert {collective.kind for collective in collectives(program)} == {"all-reduce"}
+    assert kinds_of(program) == {"all-reduce"}
     of_layer, outside = (sum(sent(program, "all-reduce", is_in_loop=is_in_loop)) for is_in_loop in (True, False))
     assert of_layer < parameters["layer"] + parameters["others"] + METRICS
     assert outside < parameters["outside"] + parameters["others"] + METRICS
