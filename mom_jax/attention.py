@@ -136,7 +136,7 @@ class Attention(nnx.Module):
 
     def _project(self, o, residual):
         y = einsum("bthk,hkd->btd", o, self.attention_o[...], dtype=self.config.dtype, residual=residual)
-        return constrain(y, "btd")
+        return constrain(y, "rtd")
 
 
 def _attend_once(q: Float[Array, "B 1 H K"], seen: AttentionState, visible: Bool[Array, "B 1 cache"]) -> jax.Array:

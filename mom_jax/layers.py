@@ -226,4 +226,4 @@ class SwiGLU(nnx.Module):
             hidden = Deferred(y["up"], gate=y["gate"])
         else:
             hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], "btf")
-        return constrain(einsum("btf,fd->btd", hidden, w_down, dtype=self.dtype, residual=residual), "btd")
+        return constrain(einsum("btf,fd->btd", hidden, w_down, dtype=self.dtype, residual=residual), "rtd")

@@ -28,6 +28,7 @@ from mom_jax.sharding import (
     PARAMETER_AXES,
     constrain,
     gather_over_fsdp,
+    gather_rows,
     leaf_name,
     parameter_specs,
     shares_tokens,
@@ -123,15 +124,15 @@ class MixtureOfMemories(nnx.Module):
         else:
             o, new_state = self._run_dispatched(x, routing.memories, routing.weights, mask, documents, state)
         y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype, residual=residual)
-        return constrain(y, "btd"), routing, None if state is None else new_state
+        return constrain(y, "rtd"), routing, None if state is None else new_state
 
     def _convolution(self, stream: str) -> tuple[jax.Array | LayerWeight, jax.Array | LayerWeight | None]:
         bias = getattr(self, f"conv_{stream}_bias")[...] if self.config.conv_bias else None
         return getattr(self, f"conv_{stream}")[...], bias
 
     def _run_dispatched(self, x, memories, weights, mask, documents, state):
-        gate = self._gate(x)
-        o, dispatch, state = self._run(x, self.rule.token_streams(x), memories, mask, documents, state)
+        gate, dispatch = self._gate(x), Dispatch.of(memories, mask, self.num_memories, self.config.shared_memory)
+        o, state = self._run(x, self.rule.token_streams(x), memories, dispatch, documents, state)
         o = api.combine_gated_rms_norm(
             o, weights, gate, self.out_norm[...], self.config.norm_eps, choice_of=dispatch.choice_of,
             token_of=dispatch.token_of, slot_of=dispatch.slot_of, implementation=self.config.implementation,
@@ -144,11 +145,12 @@ class MixtureOfMemories(nnx.Module):
         # The barrier keeps XLA from making one product of this and the queries', whose halves it then copies.
         return einsum("btd,dhv->bthv", lax.optimization_barrier(x), self.w_g[...], dtype=self.config.dtype)
 
-    def _run(self, x, of_tokens, memories, mask, documents, state):
-        """Outputs in slots [B, N, H, V], the dispatch, and the state; ``of_tokens``: the rule's ``token_streams`` of x."""
-        dispatch = Dispatch.of(memories, mask, self.num_memories, self.config.shared_memory)
+    def _run(self, x, of_tokens, memories, dispatch, documents, state):
+        """Outputs in slots [B, N, H, V], and the state; ``of_tokens``: the rule's ``token_streams`` of x."""
         segments, where = dispatch.segments, {"token_of": dispatch.token_of, "slot_of": dispatch.slot_of}
-        run_ids = None if documents is None else dispatch.integers_to_slots(documents)
+        run_ids = documents
+        if documents is not None and dispatch.token_of is not None:
+            run_ids = dispatch.integers_to_slots(documents)
         of_slots = {} if self.config.single_kv_proj else self.rule.slot_streams(x, dispatch)
         gates = self.rule.gates(x, memories)
         gates = {name: dispatch.choices_to_slots(gate) for name, gate in gates.items()}
@@ -180,7 +182,7 @@ class MixtureOfMemories(nnx.Module):
                 for name, stream in streams.items()
             }
             state = state.set(MemoryState(recurrent, history, document))
-        return o, dispatch, state
+        return o, state
 
     def _run_spread(self, x, routing, mask, documents):
         """:meth:`_run_dispatched` on every device of the mesh with its tokens, its memories and its heads."""
@@ -198,12 +200,13 @@ class MixtureOfMemories(nnx.Module):
             found.config = found.rule.config = config
             return found
 
-        def run(params, *arguments):
-            return _run_shard(self.config, module, gather_over_fsdp(params, in_specs), *arguments)
+        def run(params, x, memories, weights, *arguments):
+            of_tokens = (gather_rows(a, own) for a in (x, memories, weights))
+            return _run_shard(self.config, module, gather_over_fsdp(params, in_specs), *of_tokens, *arguments)
 
-        tokens = spec("bt")
+        own, tokens = spec("rt", x.shape), spec("bt")
         return jax.shard_map(
-            run, in_specs=(in_specs, *(tokens,) * 5), out_specs=spec("bthv"), check_vma=False
+            run, in_specs=(in_specs, own, own, own, tokens, tokens), out_specs=spec("bthv"), check_vma=False
         )(params, x, routing.memories, routing.weights, mask, documents)  # fmt: skip
 
     def _step_through(self, x, routing, mask, documents, state):
@@ -276,7 +279,8 @@ def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, 
         for name, stream in own_heads.items()
     }
     chosen = memories[..., : config.top_k] - shard * count
-    o, dispatch, _ = routed._run(x, of_tokens, chosen, mask, documents, None)
+    dispatch = Dispatch.of(chosen, mask, count, has_shared=False)
+    o, _ = routed._run(x, of_tokens, chosen, dispatch, documents, None)
     o = dispatch.to_tokens(o, weights[..., : config.top_k], config.implementation)
     o = checkpoint_name(lax.psum_scatter(o, "memory", scatter_dimension=2, tiled=True), EXCHANGED)
     if config.shared_memory:
@@ -289,8 +293,12 @@ def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, 
         # A single memory, which every token chooses, with the shared projections.
         one = {"num_memories": 1, "shared_memory": False, "single_kv_proj": True}
         shared, first = module(params, num_heads=heads // shards, **one), jnp.zeros((*x.shape[:2], 1), jnp.int32)
-        of_shared, dispatch, _ = shared._run(x, shared.rule.token_streams(x) | own_heads, first, mask, documents, None)
-        o += dispatch.to_tokens(of_shared, jnp.ones(first.shape, weights.dtype), config.implementation)
+        is_in_place = mask is None and x.shape[1] % SEGMENT_ALIGNMENT == 0
+        dispatch = Dispatch.in_place(*x.shape[:2]) if is_in_place else Dispatch.of(first, mask, 1, has_shared=False)
+        of_shared, _ = shared._run(x, shared.rule.token_streams(x) | own_heads, first, dispatch, documents, None)
+        if not is_in_place:
+            of_shared = dispatch.to_tokens(of_shared, jnp.ones(first.shape, weights.dtype), config.implementation)
+        o += of_shared
     return api.gated_rms_norm(o, routed._gate(x), routed.out_norm[...], config.norm_eps)
 
 

@@ -170,7 +170,7 @@ class MoMLanguageModel(nnx.Module):
         if dropout_key is not None and config.embedding_dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - config.embedding_dropout, x.shape)
             x = jnp.where(keep, x / (1 - config.embedding_dropout), 0).astype(x.dtype)
-        x = constrain(x, "btd")
+        x = constrain(x, "rtd")
         routings, states = [], []
         for index, run in enumerate(self.ordered_runs()):
             x, routing, run_state = self._scan_run(run, x, mask, documents, None if state is None else state.layers[index])

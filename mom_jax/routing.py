@@ -65,7 +65,7 @@ class Router(nnx.Module):
             memories, weights, logits = (a.reshape(*x.shape[:2], -1) for a in found)
             probabilities = jax.nn.softmax(logits, axis=-1)
         else:
-            logits = constrain(einsum("btD,DM->btM", x, router, dtype="float32"), "bt.")
+            logits = constrain(einsum("btD,DM->btM", x, router, dtype="float32"), "rt.")
             memories, weights, probabilities = route(logits, bias, config.top_k, config.shared_memory)
 
         is_chosen = memories[..., : config.top_k, None] == jnp.arange(config.num_memories)  # [B, T, R, M]
@@ -96,15 +96,16 @@ class Dispatch(NamedTuple):
 
     Attributes:
       segments: one segment a memory.
+      The others are None where each token is its own slot: a single memory's, :meth:`in_place`.
       slot_of: int32 [B, T, R'], the slot of each token in each of its memories; N for padded tokens.
       token_of: int32 [B, N], the token in each slot; T for dead slots.
       choice_of: int32 [B, N], token * R' + the place of the slot's memory among the token's choices; T R' if dead.
     """
 
     segments: Segments
-    slot_of: Int[Array, "B T R"]
-    token_of: Int[Array, "B N"]
-    choice_of: Int[Array, "B N"]
+    slot_of: Int[Array, "B T R"] | None = None
+    token_of: Int[Array, "B N"] | None = None
+    choice_of: Int[Array, "B N"] | None = None
 
     @classmethod
     def of(
@@ -136,12 +137,19 @@ class Dispatch(NamedTuple):
         choice_of = jax.vmap(invert)(slot_of)
         return cls(segments, slot_of, choice_of // choices, choice_of)
 
+    @classmethod
+    def in_place(cls, batch: int, num_tokens: int) -> "Dispatch":
+        """Of a single memory and rows without padding, whose length is a multiple of the alignment."""
+        return cls(Segments.full(batch, num_tokens))
+
     def to_slots(self, x: Float[Array, "B T *C"]) -> Float[Array, "B N *C"]:
         """Each token's row in each of its slots, zero in dead slots."""
         return gather_sum(x, self.token_of[..., None], self.slot_of)
 
     def choices_to_slots(self, x: Float[Array, "B T R *C"]) -> Float[Array, "B N *C"]:
         """What belongs to one token in one of its memories, in that slot; zero in dead slots."""
+        if self.slot_of is None:
+            return x[:, :, 0]
         batch, num_tokens, choices = self.slot_of.shape
         flat = x.reshape((batch, num_tokens * choices) + x.shape[3:])
         return gather_sum(flat, self.choice_of[..., None], self.slot_of.reshape(batch, -1, 1))

@@ -4,9 +4,10 @@ Arrays are described by the letters of the glossary (README): ``"mdhk"`` is a st
 One table says which mesh axes split which letter; another gives the letters of every parameter by its leaf name.
 
 Rows are split over ``data`` and ``fsdp``, their tokens over ``sequence``, the routed memories over ``memory``, their heads
-over ``tensor``; what is outside of the memories over ``tensor`` and ``memory`` together, by heads or widths, so that no
-device does another's work. An axis that does not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit``
-with these shardings.
+over ``tensor``; what is outside of the memories over ``tensor`` and ``memory`` together, so that no device does another's
+work: products by heads or widths, what is between them (norms, residuals) by rows. Products gather these rows, and their
+partial results are summed and scattered to rows again. An axis that does not divide a size leaves it whole. What JAX used
+to call pjit is ``jax.jit`` with these shardings.
 
 Whose job the collectives are: in training, what multiplies with a parameter that is split runs under ``shard_map`` and
 names its own: the memories, :func:`products_over_mesh`, :func:`take_rows`, the cross-entropy. Parameters lie split over
@@ -31,7 +32,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mom_jax.config import MeshConfig, ModelConfig, require
 
 ROWS, WIDTHS = ("data", "fsdp"), ("tensor", "memory")
-MESH_AXES = {"b": ROWS, "t": ("sequence",), "m": ("memory",), "h": WIDTHS, "g": WIDTHS, "f": WIDTHS, "o": WIDTHS}
+# r: rows of what is between products; where these axes do not divide them, they are split like b.
+MESH_AXES = {
+    "b": ROWS, "r": (*ROWS, *WIDTHS), "t": ("sequence",), "m": ("memory",), "h": WIDTHS, "g": WIDTHS, "f": WIDTHS,
+    "o": WIDTHS,
+}  # fmt: skip
 # Of parameters, whose capital letters are axes that are not split like activations: since they are small every device has
 # them whole, but for the heads of the memories, of which it has those that it works with.
 PARAMETER_MESH_AXES = MESH_AXES | {"d": ("fsdp",), "H": ("tensor",)}
@@ -65,9 +70,10 @@ def spec(letters: str, shape: tuple[int, ...] | None = None, axes: dict[str, tup
     """
     sizes, used, entries = dict(jax.sharding.get_abstract_mesh().shape), set(), []
     for place, letter in enumerate(letters):
-        names = tuple(name for name in axes.get(letter, ()) if name not in used)
-        if shape is not None and shape[place] % math.prod(sizes.get(name, 1) for name in names):
-            names = ()
+        for names in (axes.get(letter, ()), ROWS if letter == "r" else (), ()):
+            names = tuple(name for name in names if name not in used)
+            if shape is None or shape[place] % math.prod(sizes.get(name, 1) for name in names) == 0:
+                break
         used.update(names)
         entries.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*entries)
@@ -104,12 +110,25 @@ def gather_over_fsdp(params: Any, specs: Any) -> Any:
     return jax.tree.map(gather, params, specs)
 
 
+def gather_rows(x: jax.Array, of_x: PartitionSpec) -> jax.Array:
+    """Inside of ``shard_map``: x [B, ...], which came as ``of_x`` says, with all rows of the devices that share widths."""
+    axes = tuple(axis for axis in mesh_axes(of_x[:1]) if axis in WIDTHS and jax.lax.axis_size(axis) > 1)
+    return checkpoint_name(jax.lax.all_gather(x, axes, tiled=True), EXCHANGED) if axes else x
+
+
+def scatter_rows(x: jax.Array, axes: tuple[str, ...], of_sum: PartitionSpec) -> jax.Array:
+    """Inside of ``shard_map``: the sum of x [B, ...] over mesh axes, and of its rows those that ``of_sum`` leaves here."""
+    is_split = set(axes) <= set(mesh_axes(of_sum[:1]))
+    return checkpoint_name(jax.lax.psum_scatter(x, axes, tiled=True) if is_split else jax.lax.psum(x, axes), EXCHANGED)
+
+
 def products_over_mesh(
     multiply: Callable[[str, jax.Array, jax.Array], jax.Array], x: jax.Array, factors: list[tuple[str, jax.Array]]
 ) -> list[jax.Array]:
     """``multiply(equation, x, w)`` of each (equation, w), w a parameter, by every device with what it has of x and w.
 
     The equations' letters, alike in those of x, say where everything lies; what they contract is summed over the devices.
+    Of x and y that no letter splits over the widths, rows are.
     """
     letters = [re.split(",|->", equation) for equation, _ in factors]
     of_x, of_w, of_y = spec(letters[0][0], x.shape), [], []
@@ -120,13 +139,20 @@ def products_over_mesh(
     axes_of_x, axes_of_y = mesh_axes(of_x), [mesh_axes(axes) for axes in of_y]
     contracted = tuple(axis for axis in axes_of_x if axis not in axes_of_y[0])
     common = tuple(axis for axis in axes_of_y[0] if axis not in axes_of_x and all(axis in axes for axes in axes_of_y))
+    is_apart = set(WIDTHS).isdisjoint(sum(axes_of_y, axes_of_x))
+    if common == WIDTHS or is_apart:
+        of_x = spec("rt", x.shape[:2])
+    if contracted == WIDTHS or is_apart:
+        of_y = [spec("rt", x.shape[:2])] * len(of_y)
 
     def own(x, weights):
         # Cast once for all products, or each one's gradient of x would be summed over the devices by itself.
-        x, weights = jax.lax.pcast(x, common, to="varying"), map(_of_own_tokens, weights, of_w)
-        weights = gather_over_fsdp(list(weights), of_w)
+        x = jax.lax.pcast(x, tuple(axis for axis in common if axis not in mesh_axes(of_x)), to="varying")
+        x = x if is_apart else gather_rows(x, of_x)
+        weights = [_of_own_tokens(w, of_w, of_x) for w, of_w in zip(weights, of_w, strict=True)]
+        weights = gather_over_fsdp(weights, of_w)
         products = [multiply(equation, x, w) for (equation, _), w in zip(factors, weights, strict=True)]
-        return [checkpoint_name(jax.lax.psum(y, contracted), EXCHANGED) if contracted else y for y in products]
+        return [scatter_rows(y, contracted, of_y[0]) for y in products] if contracted else products
 
     return jax.shard_map(own, in_specs=(of_x, of_w), out_specs=of_y)(x, [w for _, w in factors])
 
@@ -136,9 +162,9 @@ def mesh_axes(of_x: PartitionSpec) -> list[str]:
     return [axis for axes in of_x if axes for axis in ((axes,) if isinstance(axes, str) else axes)]
 
 
-def _of_own_tokens(param: jax.Array, of_param: PartitionSpec) -> jax.Array:
+def _of_own_tokens(param: jax.Array, of_param: PartitionSpec, of_tokens: PartitionSpec) -> jax.Array:
     """A parameter cast to meet the device's tokens, before it is gathered: its gradient is cut before it is summed."""
-    missing = tuple(axis for axis in mesh_axes(spec("bt")) if axis not in mesh_axes(of_param))
+    missing = tuple(axis for axis in mesh_axes(of_tokens[:2]) if axis not in mesh_axes(of_param))
     return jax.lax.pcast(param, missing, to="varying")
 
 
@@ -192,16 +218,18 @@ def take_rows(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
         return jnp.take(table, tokens, axis=0).astype(dtype)
     of_table, of_tokens, size = spec("od", table.shape, PARAMETER_MESH_AXES), spec("bt", tokens.shape), len(table)
     axes = of_table[0] or ()
+    of_found = spec("rt" if axes else "bt", tokens.shape)
 
     def own(table, tokens):
-        table = gather_over_fsdp(_of_own_tokens(table, of_table), of_table)
+        table = gather_over_fsdp(_of_own_tokens(table, of_table, of_tokens), of_table)
         place = tokens - jax.lax.axis_index(axes) * len(table)
         is_own = (place >= 0) & (place < len(table))
         found = jnp.take(table, jnp.where(is_own, place, 0), axis=0).astype(dtype)
-        found = jax.lax.psum(jnp.where(is_own[..., None], found, 0), axes)
-        return jnp.where(((tokens >= 0) & (tokens < size))[..., None], found, jnp.nan)
+        is_there = (tokens >= 0) & (tokens < size)
+        found = jnp.where(is_own[..., None], found, jnp.where(is_there, 0, jnp.nan)[..., None].astype(dtype))
+        return scatter_rows(found, axes, of_found) if axes else found
 
-    return jax.shard_map(own, in_specs=(of_table, of_tokens), out_specs=of_tokens)(table, tokens)
+    return jax.shard_map(own, in_specs=(of_table, of_tokens), out_specs=of_found)(table, tokens)
 
 
 def is_spread() -> bool:

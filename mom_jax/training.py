@@ -26,6 +26,7 @@ from mom_jax.sharding import (
     PARAMETER_MESH_AXES,
     WIDTHS,
     gather_over_fsdp,
+    gather_rows,
     is_spread,
     leaf_name,
     mesh_axes,
@@ -59,14 +60,14 @@ def cross_entropy(
     )  # fmt: skip
     if not is_spread():
         return sums(hidden, head, targets)
-    of_hidden, of_targets = spec("btd", hidden.shape), spec("bt", targets.shape)
     of_head = spec(PARAMETER_AXES[name], head.shape, PARAMETER_MESH_AXES)
     sizes = jax.sharding.get_abstract_mesh().shape
     vocabulary = tuple(axis for axis in mesh_axes(of_head) if axis in WIDTHS and sizes[axis] > 1)
+    of_hidden, of_targets = spec("rtd", hidden.shape), spec("bt" if vocabulary else "rt", targets.shape)
 
     def own(hidden, head, targets):
         """Of the device's rows, with its part of the vocabulary; the head's gradient is reduced once, after the chunks."""
-        head = gather_over_fsdp(head, of_head)
+        head, hidden = gather_over_fsdp(head, of_head), gather_rows(hidden, of_hidden) if vocabulary else hidden
         return jax.lax.psum(sums(hidden, head, targets, axis_name=vocabulary or None), mesh_axes(of_targets))
 
     return jax.shard_map(

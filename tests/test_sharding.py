@@ -82,11 +82,12 @@ def case(name, dtype="float32"):
     """A config, its values and a batch; some targets are missing. Of the packed ones there are documents, and padding."""
     config = small(name if name in KINDS else "mom", **dict(num_heads=4, vocab_size=64, dtype=dtype) | CASES[name])
     rng = np.random.default_rng(0)
-    tokens, targets = rng.integers(0, 61, (2, B, T)).astype(np.int32)
-    batch = {"tokens": tokens, "targets": np.where(rng.uniform(size=(B, T)) < 0.1, -1, targets)}
+    shape = B, {"mom": 64, "single_kv": 128}.get(name, T)  # whole segments on every device need no dispatch to shared slots
+    tokens, targets = rng.integers(0, 61, (2, *shape)).astype(np.int32)
+    batch = {"tokens": tokens, "targets": np.where(rng.uniform(size=shape) < 0.1, -1, targets)}
     if name in ("packed", "hybrid"):
-        documents = np.cumsum(rng.uniform(size=(B, T)) < 0.05, axis=1, dtype=np.int32)
-        batch |= {"document_ids": documents, "attention_mask": rng.uniform(size=(B, T)) < 0.9}
+        documents = np.cumsum(rng.uniform(size=shape) < 0.05, axis=1, dtype=np.int32)
+        batch |= {"document_ids": documents, "attention_mask": rng.uniform(size=shape) < 0.9}
     return config, *draw_params(config), batch
 
 
@@ -252,18 +253,22 @@ def test_data_sums_gradients_once():
 
 @pytest.mark.parametrize("axis", ["tensor", "memory"])
 def test_widths_exchange_activations_only(axis):
-    """Sums of [B, T, D]: after mixer and MLP, and of the gradients before them; of the embedding, and the head's gradient.
+    """Rows of [B, T, D] are gathered before mixer and MLP and scattered after them, with their gradients the other way; so
+    are the hidden states before the head, and the embeddings after theirs.
 
-    ``memory`` gathers queries and sums and scatters outputs, with their gradients: nothing twice, though remat is "dots".
+    ``memory`` gathers queries and scatters outputs, too. Nothing is gathered twice, though remat is "dots".
     """
     program, activations = train_program(**{axis: 4})[0], 4 * B * LENGTH * WIDTH
     queries, statistics = 4 * B * LENGTH * 4 * 32, 4 * 4 * 4 * B * LENGTH // 2
-    assert sent(program, "all-reduce", is_in_loop=True).count(activations) == 4
-    assert sent(program, "all-reduce", is_in_loop=False).count(activations) == 2
-    assert sorted(sent(program, "all-gather")) == [statistics] + [queries] * 2 * (axis == "memory")
-    assert sent(program, "reduce-scatter") == [queries // 4] * 2 * (axis == "memory")
-    small = [size for size in sent(program, "all-reduce") if size != activations]
-    assert sum(small) < 32 * 1024  # of the small parameters, and metrics
+    choices = [4 * B * LENGTH * 3] * 2  # memories and their weights
+    gathered = sent(program, "all-gather", is_in_loop=True)
+    assert sorted(gathered) == sorted(choices + [statistics] + [activations] * 4 + [queries] * 2 * (axis == "memory"))
+    scattered = sent(program, "reduce-scatter", is_in_loop=True)
+    of_memory = [queries // 4] * 2 * (axis == "memory")
+    assert sorted(scattered) == sorted([choices[0] // 4] + [activations // 4] * 4 + of_memory)
+    for kind, size in (("all-gather", activations), ("reduce-scatter", activations // 4)):
+        assert sent(program, kind, is_in_loop=False) == [size] * 2
+    assert sum(sent(program, "all-reduce")) < 32 * 1024  # of the small parameters, and metrics
     assert not sent(program, "all-to-all") + sent(program, "collective-permute")
 
 

@@ -59,8 +59,8 @@ def both(rng, segments, num_slots, head_shape, *, width=4, runs=None, history=No
     actual = run(kernels)(arguments | {"x": rubbish(arguments["x"])}, rubbish(cotangent))
     expected = run(plain)(arguments, cotangent)
     dead = ~np.asarray(real)
-    assert not np.asarray(actual[0])[dead].any() and not np.asarray(actual[1]["x"])[dead].any()
-    return actual, expected
+    assert not np.asarray(actual[1]["x"])[dead].any()
+    return (where_real(real, actual[0]), actual[1]), expected
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_tokens_are_gathered_into_slots(interpret, rng):
             )  # fmt: skip
 
         y, pull = jax.vjp(f, x, weight)
-        return y, pull(cotangent)
+        return where_real(segments.is_real(num_slots), y), pull(cotangent)
 
     @jax.jit
     def plain(x, weight, cotangent):

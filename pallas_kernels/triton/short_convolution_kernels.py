@@ -2,7 +2,8 @@
 
 A program walks down ``tile`` slots of some heads, slot by slot, and keeps the W-1 slots before in registers, so that every
 input is read from memory once. Where taps must stop is one integer a slot, ``reach``, which knows of segments, of runs and
-of dead slots; the kernels know of none of them. The backward pass keeps only the inputs, and recomputes the rest.
+of dead slots; the kernels know of none of them. The backward pass keeps only the inputs, and recomputes the rest. A tile
+without a live slot is not walked: the slots of a device's memories are bounded for the case that all tokens choose them.
 """
 
 from functools import partial
@@ -84,6 +85,12 @@ class Program(NamedTuple):
         weight = [inputs.weight[w, heads, :] for w in range(inputs.weight.shape[0])]
         return cls(pl.program_id(2), pl.program_id(1) * tile, heads, weight, inputs.bias[heads, :])
 
+    def is_live(self, inputs: Inputs, tile: int):
+        """Whether any slot of the tile is."""
+        last = jnp.minimum(tile, inputs.reach.shape[1] - self.start) - 1
+        slots = self.start + jnp.minimum(jnp.arange(pl.next_power_of_2(tile)), last)
+        return jnp.max(inputs.reach[self.batch, slots]) >= 0
+
     def walk(self, inputs: Inputs, groups, unroll: int, body, carry):
         """Calls ``body(slot, past, keep, carry) -> carry`` for every slot of the ``groups`` of ``unroll`` slots.
 
@@ -139,7 +146,9 @@ def forward_kernel(inputs: Inputs, y_ref, *, options: Options, num_heads: int):
         plgpu.store(at, y, mask=slot.place < num_slots)
         return carry
 
-    program.walk(inputs, (0, config.tile // config.num_stages), config.num_stages, body, ())
+    @pl.when(program.is_live(inputs, config.tile))
+    def _():
+        program.walk(inputs, (0, config.tile // config.num_stages), config.num_stages, body, ())
 
 
 def backward_kernel(inputs: Inputs, dy_ref, dx_ref, dtaps_ref, dearly_ref, *, options: Options, num_heads: int):
@@ -175,8 +184,19 @@ def backward_kernel(inputs: Inputs, dy_ref, dx_ref, dtaps_ref, dearly_ref, *, op
     unroll, zeros = config.num_stages, jnp.zeros_like(bias)
     carry = (zeros,) * count, (zeros,) * (count + 2)
     groups = 0, config.tile // unroll, pl.cdiv(config.tile + count, unroll)
-    carry = program.walk(inputs, groups[:2], unroll, partial(body, own=True), carry)
-    _, dtaps = program.walk(inputs, groups[1:], unroll, partial(body, own=False), carry)
+
+    def walk():
+        own = program.walk(inputs, groups[:2], unroll, partial(body, own=True), carry)
+        return program.walk(inputs, groups[1:], unroll, partial(body, own=False), own)[1]
+
+    def clear():
+        def store(place, _):
+            plgpu.store(dx_ref.at[batch, place, heads, :], jnp.zeros(bias.shape, dx_ref.dtype))
+
+        lax.fori_loop(start, end, store, None)
+        return carry[1]
+
+    dtaps = lax.cond(program.is_live(inputs, config.tile), walk, clear)
     for row, d in enumerate((*reversed(dtaps[:-1]), dtaps[-1])):
         dtaps_ref[batch, pl.program_id(1), row, heads, :] = d
 
