@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mom_jax.config import ModelConfig
-from mom_jax.sharding import constrain, leaf_name, products_over_mesh, shares_tokens
+from mom_jax.sharding import constrain, leaf_name, letter_of_rows, products_over_mesh, shares_tokens
 from pallas_kernels.api import rms_norm, stacked_matmul
 
 
@@ -220,10 +220,12 @@ class SwiGLU(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"] | Deferred, residual: Float[Array, "B T D"] | None = None
     ) -> Float[Array, "B T D"]:
-        products = {name: Product("btd,df->btf", (w[...],)) for name, w in (("gate", self.w_gate), ("up", self.w_up))}
+        row = letter_of_rows(x, self.w_gate.shape[-1])
+        weights = {"gate": self.w_gate, "up": self.w_up}
+        products = {name: Product(f"{row}td,df->{row}tf", (w[...],)) for name, w in weights.items()}
         y, w_down = einsums(x, products, dtype=self.dtype), self.w_down[...]
         if isinstance(w_down, LayerWeight):
             hidden = Deferred(y["up"], gate=y["gate"])
         else:
-            hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], "btf")
-        return constrain(einsum("btf,fd->btd", hidden, w_down, dtype=self.dtype, residual=residual), "rtd")
+            hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], f"{row}tf")
+        return constrain(einsum(f"{row}tf,fd->{row}td", hidden, w_down, dtype=self.dtype, residual=residual), "rtd")

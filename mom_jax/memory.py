@@ -27,7 +27,7 @@ from mom_jax.sharding import (
     EXCHANGED,
     PARAMETER_AXES,
     constrain,
-    gather_over_fsdp,
+    gather_params,
     gather_rows,
     leaf_name,
     parameter_specs,
@@ -202,7 +202,7 @@ class MixtureOfMemories(nnx.Module):
 
         def run(params, x, memories, weights, *arguments):
             of_tokens = (gather_rows(a, own) for a in (x, memories, weights))
-            return _run_shard(self.config, module, gather_over_fsdp(params, in_specs), *of_tokens, *arguments)
+            return _run_shard(self.config, module, gather_params(params, in_specs), *of_tokens, *arguments)
 
         own, tokens = spec("rt", x.shape), spec("bt")
         return jax.shard_map(

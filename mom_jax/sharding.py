@@ -11,7 +11,7 @@ to call pjit is ``jax.jit`` with these shardings.
 
 Whose job the collectives are: in training, what multiplies with a parameter that is split runs under ``shard_map`` and
 names its own: the memories, :func:`products_over_mesh`, :func:`take_rows`, the cross-entropy. Parameters lie split over
-``fsdp`` along D; :func:`gather_over_fsdp` makes them whole where they are used, so that on every platform their gradients
+``fsdp`` along D; :func:`gather_params` makes them whole where they are used, so that on every platform their gradients
 are reduce-scattered over ``fsdp`` and then summed over ``data``, in the dtype in which they were gathered. The rest is
 left to XLA's partitioner, annotated with :func:`constrain`: what has no weights or small ones, which every device has whole
 and whose gradients it all-reduces; rows that the devices cannot share; and the memories of a piece with a state.
@@ -99,13 +99,15 @@ def parameter_specs(tree: Any, axes: dict[str, tuple[str, ...]] = PARAMETER_MESH
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def gather_over_fsdp(params: Any, specs: Any) -> Any:
-    """Inside of ``shard_map``: parameters that came into it as ``specs`` say as they are computed with, whole along D."""
+def gather_params(params: Any, specs: Any, axes: tuple[str, ...] = ("fsdp",)) -> Any:
+    """Inside of ``shard_map``: parameters that came into it as ``specs`` say as they are computed with, whole along axes."""
 
     def gather(x, of_x):
-        if "fsdp" not in of_x or jax.lax.axis_size("fsdp") == 1:
-            return x
-        return jax.lax.all_gather(x, "fsdp", axis=tuple(of_x).index("fsdp"), tiled=True)
+        for place in range(len(of_x)):
+            names = tuple(name for name in mesh_axes(of_x[place : place + 1]) if name in axes)
+            if math.prod(jax.lax.axis_size(name) for name in names) > 1:
+                x = jax.lax.all_gather(x, names, axis=place, tiled=True)
+        return x
 
     return jax.tree.map(gather, params, specs)
 
@@ -128,7 +130,8 @@ def products_over_mesh(
     """``multiply(equation, x, w)`` of each (equation, w), w a parameter, by every device with what it has of x and w.
 
     The equations' letters, alike in those of x, say where everything lies; what they contract is summed over the devices.
-    Of x and y that no letter splits over the widths, rows are.
+    Of x and y that no letter splits over the widths, rows are. Where the equations call rows r, those of both are, and w is
+    gathered instead of them.
     """
     letters = [re.split(",|->", equation) for equation, _ in factors]
     of_x, of_w, of_y = spec(letters[0][0], x.shape), [], []
@@ -148,9 +151,9 @@ def products_over_mesh(
     def own(x, weights):
         # Cast once for all products, or each one's gradient of x would be summed over the devices by itself.
         x = jax.lax.pcast(x, tuple(axis for axis in common if axis not in mesh_axes(of_x)), to="varying")
-        x = x if is_apart else gather_rows(x, of_x)
+        x = gather_rows(x, of_x) if common == WIDTHS else x
         weights = [_of_own_tokens(w, of_w, of_x) for w, of_w in zip(weights, of_w, strict=True)]
-        weights = gather_over_fsdp(weights, of_w)
+        weights = gather_params(weights, of_w, ("fsdp", *WIDTHS) if letters[0][0][0] == "r" else ("fsdp",))
         products = [multiply(equation, x, w) for (equation, _), w in zip(factors, weights, strict=True)]
         return [scatter_rows(y, contracted, of_y[0]) for y in products] if contracted else products
 
@@ -221,7 +224,7 @@ def take_rows(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     of_found = spec("rt" if axes else "bt", tokens.shape)
 
     def own(table, tokens):
-        table = gather_over_fsdp(_of_own_tokens(table, of_table, of_tokens), of_table)
+        table = gather_params(_of_own_tokens(table, of_table, of_tokens), of_table)
         place = tokens - jax.lax.axis_index(axes) * len(table)
         is_own = (place >= 0) & (place < len(table))
         found = jnp.take(table, jnp.where(is_own, place, 0), axis=0).astype(dtype)
@@ -230,6 +233,16 @@ def take_rows(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
         return scatter_rows(found, axes, of_found) if axes else found
 
     return jax.shard_map(own, in_specs=(of_table, of_tokens), out_specs=of_found)(table, tokens)
+
+
+def letter_of_rows(x: jax.Array, width: int) -> str:
+    """r or b: how the rows of x [B, T, D] are best split for products with matrices [D, width], and back, over the widths.
+
+    With r the devices exchange the matrices, which no one has to wait for; with b tokens.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    own_tokens = math.prod(x.shape[:2]) // math.prod(sizes.get(name, 1) for name in mesh_axes(spec("bt", x.shape)))
+    return "r" if shares_tokens(x) and own_tokens > width and spec("r", x.shape)[0] == MESH_AXES["r"] else "b"
 
 
 def is_spread() -> bool:

@@ -25,7 +25,7 @@ from mom_jax.sharding import (
     PARAMETER_AXES,
     PARAMETER_MESH_AXES,
     WIDTHS,
-    gather_over_fsdp,
+    gather_params,
     gather_rows,
     is_spread,
     leaf_name,
@@ -67,7 +67,7 @@ def cross_entropy(
 
     def own(hidden, head, targets):
         """Of the device's rows, with its part of the vocabulary; the head's gradient is reduced once, after the chunks."""
-        head, hidden = gather_over_fsdp(head, of_head), gather_rows(hidden, of_hidden) if vocabulary else hidden
+        head, hidden = gather_params(head, of_head), gather_rows(hidden, of_hidden) if vocabulary else hidden
         return jax.lax.psum(sums(hidden, head, targets, axis_name=vocabulary or None), mesh_axes(of_targets))
 
     return jax.shard_map(

@@ -253,19 +253,19 @@ def test_data_sums_gradients_once():
 
 @pytest.mark.parametrize("axis", ["tensor", "memory"])
 def test_widths_exchange_activations_only(axis):
-    """Rows of [B, T, D] are gathered before mixer and MLP and scattered after them, with their gradients the other way; so
-    are the hidden states before the head, and the embeddings after theirs.
+    """Rows of [B, T, D] are gathered before the mixer and scattered after it, with their gradients the other way; so are the
+    hidden states before the head, and the embeddings after theirs. The MLP has its own rows, and gathers its weights.
 
-    ``memory`` gathers queries and scatters outputs, too. Nothing is gathered twice, though remat is "dots".
+    ``memory`` gathers queries and scatters outputs, too. Nothing of it is gathered twice, though remat is "dots".
     """
     program, activations = train_program(**{axis: 4})[0], 4 * B * LENGTH * WIDTH
     queries, statistics = 4 * B * LENGTH * 4 * 32, 4 * 4 * 4 * B * LENGTH // 2
     choices = [4 * B * LENGTH * 3] * 2  # memories and their weights
+    weights, of_memory = 4 * WIDTH * 96, [queries] * 2 * (axis == "memory")
     gathered = sent(program, "all-gather", is_in_loop=True)
-    assert sorted(gathered) == sorted(choices + [statistics] + [activations] * 4 + [queries] * 2 * (axis == "memory"))
-    scattered = sent(program, "reduce-scatter", is_in_loop=True)
-    of_memory = [queries // 4] * 2 * (axis == "memory")
-    assert sorted(scattered) == sorted([choices[0] // 4] + [activations // 4] * 4 + of_memory)
+    assert sorted(gathered) == sorted(choices + [statistics] + [activations] * 2 + of_memory + [weights] * 6)
+    scattered = [4 * size for size in sent(program, "reduce-scatter", is_in_loop=True)]
+    assert sorted(scattered) == sorted([choices[0]] + [activations] * 2 + of_memory + [weights] * 3)
     for kind, size in (("all-gather", activations), ("reduce-scatter", activations // 4)):
         assert sent(program, kind, is_in_loop=False) == [size] * 2
     assert sum(sent(program, "all-reduce")) < 32 * 1024  # of the small parameters, and metrics
