@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
 from mom_jax.layers import Deferred, LayerState, Product, einsum, einsums, normal_param
-from mom_jax.sharding import constrain
+from mom_jax.sharding import constrain_tokens
 from pallas_kernels.api import with_states
 
 
@@ -136,7 +136,7 @@ class Attention(nnx.Module):
 
     def _project(self, o, residual):
         y = einsum("bthk,hkd->btd", o, self.attention_o[...], dtype=self.config.dtype, residual=residual)
-        return constrain(y, "rtd")
+        return constrain_tokens(y)
 
 
 def _attend_once(q: Float[Array, "B 1 H K"], seen: AttentionState, visible: Bool[Array, "B 1 cache"]) -> jax.Array:

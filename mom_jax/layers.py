@@ -12,7 +12,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mom_jax.config import ModelConfig
-from mom_jax.sharding import constrain, leaf_name, letter_of_rows, products_over_mesh, shares_tokens
+from mom_jax.sharding import (
+    constrain,
+    constrain_tokens,
+    leaf_name,
+    letter_of_rows,
+    products_over_mesh,
+    shares_tokens,
+)
 from pallas_kernels.api import rms_norm, stacked_matmul
 
 
@@ -212,7 +219,7 @@ class SwiGLU(nnx.Module):
     """(silu(x W_gate) * x W_up) W_down (arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.dtype = config.dtype
+        self.dtype, self.width = config.dtype, config.mlp_size
         self.w_gate = normal_param(rngs, config, config.hidden_size, config.mlp_size)
         self.w_up = normal_param(rngs, config, config.hidden_size, config.mlp_size)
         self.w_down = normal_param(rngs, config, config.mlp_size, config.hidden_size)
@@ -220,7 +227,7 @@ class SwiGLU(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"] | Deferred, residual: Float[Array, "B T D"] | None = None
     ) -> Float[Array, "B T D"]:
-        row = letter_of_rows(x, self.w_gate.shape[-1])
+        row = letter_of_rows(x, self.width)
         weights = {"gate": self.w_gate, "up": self.w_up}
         products = {name: Product(f"{row}td,df->{row}tf", (w[...],)) for name, w in weights.items()}
         y, w_down = einsums(x, products, dtype=self.dtype), self.w_down[...]
@@ -228,4 +235,4 @@ class SwiGLU(nnx.Module):
             hidden = Deferred(y["up"], gate=y["gate"])
         else:
             hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], f"{row}tf")
-        return constrain(einsum(f"{row}tf,fd->{row}td", hidden, w_down, dtype=self.dtype, residual=residual), "rtd")
+        return constrain_tokens(einsum(f"{row}tf,fd->{row}td", hidden, w_down, dtype=self.dtype, residual=residual))

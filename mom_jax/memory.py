@@ -27,12 +27,14 @@ from mom_jax.sharding import (
     EXCHANGED,
     PARAMETER_AXES,
     constrain,
+    constrain_tokens,
     gather_params,
     gather_rows,
     leaf_name,
     parameter_specs,
     shares_tokens,
     spec,
+    spec_of_tokens,
     splits_tokens,
 )
 from mom_jax.update_rules import UPDATE_RULES
@@ -121,10 +123,11 @@ class MixtureOfMemories(nnx.Module):
             o, new_state = self._step_through(x, routing, mask, documents, state)
         elif state is None and shares_tokens(x):
             o, new_state = self._run_spread(x, routing, mask, documents), None
-        else:
-            o, new_state = self._run_dispatched(x, routing.memories, routing.weights, mask, documents, state)
+        else:  # by the partitioner
+            of_rows = (constrain(a, "bt") for a in (x, routing.memories, routing.weights))
+            o, new_state = self._run_dispatched(*of_rows, mask, documents, state)
         y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype, residual=residual)
-        return constrain(y, "rtd"), routing, None if state is None else new_state
+        return constrain_tokens(y), routing, None if state is None else new_state
 
     def _convolution(self, stream: str) -> tuple[jax.Array | LayerWeight, jax.Array | LayerWeight | None]:
         bias = getattr(self, f"conv_{stream}_bias")[...] if self.config.conv_bias else None
@@ -148,9 +151,7 @@ class MixtureOfMemories(nnx.Module):
     def _run(self, x, of_tokens, memories, dispatch, documents, state):
         """Outputs in slots [B, N, H, V], and the state; ``of_tokens``: the rule's ``token_streams`` of x."""
         segments, where = dispatch.segments, {"token_of": dispatch.token_of, "slot_of": dispatch.slot_of}
-        run_ids = documents
-        if documents is not None and dispatch.token_of is not None:
-            run_ids = dispatch.integers_to_slots(documents)
+        run_ids = None if documents is None else dispatch.integers_to_slots(documents)
         of_slots = {} if self.config.single_kv_proj else self.rule.slot_streams(x, dispatch)
         gates = self.rule.gates(x, memories)
         gates = {name: dispatch.choices_to_slots(gate) for name, gate in gates.items()}
@@ -201,12 +202,12 @@ class MixtureOfMemories(nnx.Module):
             return found
 
         def run(params, x, memories, weights, *arguments):
-            of_tokens = (gather_rows(a, own) for a in (x, memories, weights))
-            return _run_shard(self.config, module, gather_params(params, in_specs), *of_tokens, *arguments)
+            gathered = (gather_rows(a, between) for a in (x, memories, weights))
+            return _run_shard(self.config, module, gather_params(params, in_specs), *gathered, *arguments)
 
-        own, tokens = spec("rt", x.shape), spec("bt")
+        between, tokens = spec_of_tokens(x), spec("bt")
         return jax.shard_map(
-            run, in_specs=(in_specs, own, own, own, tokens, tokens), out_specs=spec("bthv"), check_vma=False
+            run, in_specs=(in_specs, *(between,) * 3, tokens, tokens), out_specs=spec("bthv"), check_vma=False
         )(params, x, routing.memories, routing.weights, mask, documents)  # fmt: skip
 
     def _step_through(self, x, routing, mask, documents, state):
@@ -296,9 +297,7 @@ def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, 
         is_in_place = mask is None and x.shape[1] % SEGMENT_ALIGNMENT == 0
         dispatch = Dispatch.in_place(*x.shape[:2]) if is_in_place else Dispatch.of(first, mask, 1, has_shared=False)
         of_shared, _ = shared._run(x, shared.rule.token_streams(x) | own_heads, first, dispatch, documents, None)
-        if not is_in_place:
-            of_shared = dispatch.to_tokens(of_shared, jnp.ones(first.shape, weights.dtype), config.implementation)
-        o += of_shared
+        o += dispatch.to_tokens(of_shared, jnp.ones(first.shape, weights.dtype), config.implementation)
     return api.gated_rms_norm(o, routed._gate(x), routed.out_norm[...], config.norm_eps)
 
 

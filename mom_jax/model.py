@@ -16,7 +16,7 @@ from mom_jax.config import ModelConfig, require
 from mom_jax.layers import LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, normalize, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
-from mom_jax.sharding import EXCHANGED, constrain, leaf_name, take_rows
+from mom_jax.sharding import EXCHANGED, constrain_tokens, leaf_name, take_rows
 from pallas_kernels.api import SEGMENT_ALIGNMENT, WORTH_KEEPING, rms_norm
 
 MIXERS = {"mom": MixtureOfMemories, "attention": Attention}
@@ -170,7 +170,7 @@ class MoMLanguageModel(nnx.Module):
         if dropout_key is not None and config.embedding_dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - config.embedding_dropout, x.shape)
             x = jnp.where(keep, x / (1 - config.embedding_dropout), 0).astype(x.dtype)
-        x = constrain(x, "rtd")
+        x = constrain_tokens(x)
         routings, states = [], []
         for index, run in enumerate(self.ordered_runs()):
             x, routing, run_state = self._scan_run(run, x, mask, documents, None if state is None else state.layers[index])

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
 from mom_jax.layers import Deferred, einsum, normal_param, stack_of
-from mom_jax.sharding import constrain
+from mom_jax.sharding import constrain_tokens
 from pallas_kernels.api import SEGMENT_ALIGNMENT, Segments, combine, gather_sum, route, router_step
 
 
@@ -65,7 +65,7 @@ class Router(nnx.Module):
             memories, weights, logits = (a.reshape(*x.shape[:2], -1) for a in found)
             probabilities = jax.nn.softmax(logits, axis=-1)
         else:
-            logits = constrain(einsum("btD,DM->btM", x, router, dtype="float32"), "rt.")
+            logits = constrain_tokens(einsum("btD,DM->btM", x, router, dtype="float32"))
             memories, weights, probabilities = route(logits, bias, config.top_k, config.shared_memory)
 
         is_chosen = memories[..., : config.top_k, None] == jnp.arange(config.num_memories)  # [B, T, R, M]
@@ -94,9 +94,10 @@ def balance_loss(load: Float[Array, "L M"], importance: Float[Array, "L M"], for
 class Dispatch(NamedTuple):
     """Tokens <-> slots. Dead slots and padded tokens point at nothing (an index past the end).
 
+    Where each token is its own slot, :meth:`in_place`, there are segments only.
+
     Attributes:
       segments: one segment a memory.
-      The others are None where each token is its own slot: a single memory's, :meth:`in_place`.
       slot_of: int32 [B, T, R'], the slot of each token in each of its memories; N for padded tokens.
       token_of: int32 [B, N], the token in each slot; T for dead slots.
       choice_of: int32 [B, N], token * R' + the place of the slot's memory among the token's choices; T R' if dead.
@@ -139,7 +140,7 @@ class Dispatch(NamedTuple):
 
     @classmethod
     def in_place(cls, batch: int, num_tokens: int) -> "Dispatch":
-        """Of a single memory and rows without padding, whose length is a multiple of the alignment."""
+        """Of a single memory, whose weight is 1, and rows without padding of a multiple of the alignment."""
         return cls(Segments.full(batch, num_tokens))
 
     def to_slots(self, x: Float[Array, "B T *C"]) -> Float[Array, "B N *C"]:
@@ -158,11 +159,15 @@ class Dispatch(NamedTuple):
         self, o: Float[Array, "B N H V"], weights: Float[Array, "B T R"], implementation: str | None
     ) -> Float[Array, "B T H V"]:
         """The weighted sum of each token's slots."""
+        if self.slot_of is None:
+            return o
         where = {"slot_of": self.slot_of, "token_of": self.token_of, "choice_of": self.choice_of}
         return combine(o, weights, **where, implementation=implementation)
 
     def integers_to_slots(self, x: Int[Array, "B T"]) -> Int[Array, "B N"]:
         """Integers of the tokens in their slots, 0 in dead slots."""
+        if self.token_of is None:
+            return x
         return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, self.token_of)
 
 

@@ -33,6 +33,7 @@ from mom_jax.sharding import (
     parameter_specs,
     shardings,
     spec,
+    spec_of_tokens,
     use_mesh,
 )
 from pallas_kernels.api import linear_cross_entropy
@@ -63,7 +64,8 @@ def cross_entropy(
     of_head = spec(PARAMETER_AXES[name], head.shape, PARAMETER_MESH_AXES)
     sizes = jax.sharding.get_abstract_mesh().shape
     vocabulary = tuple(axis for axis in mesh_axes(of_head) if axis in WIDTHS and sizes[axis] > 1)
-    of_hidden, of_targets = spec("rtd", hidden.shape), spec("bt" if vocabulary else "rt", targets.shape)
+    of_hidden = spec_of_tokens(hidden)
+    of_targets = spec("bt", targets.shape) if vocabulary else of_hidden
 
     def own(hidden, head, targets):
         """Of the device's rows, with its part of the vocabulary; the head's gradient is reduced once, after the chunks."""

@@ -19,7 +19,17 @@ from mom_jax.generation import generate
 from mom_jax.layers import Product, cast_weights, einsums
 from mom_jax.model import ModelState, bind, model_structure, split_params
 from mom_jax.sampling import Sampling
-from mom_jax.sharding import PARAMETER_AXES, constrain, leaf_name, make_mesh, parameter_specs, shardings, spec, use_mesh
+from mom_jax.sharding import (
+    PARAMETER_AXES,
+    constrain,
+    leaf_name,
+    make_mesh,
+    parameter_specs,
+    shardings,
+    spec,
+    take_rows,
+    use_mesh,
+)
 from mom_jax.training import abstract_state, jit_step, loss_and_metrics, make_eval_step, make_train_step, place
 
 MESHES = {
@@ -74,7 +84,8 @@ CASES = {
     "single_memory": dict(remat="dots", tie_embeddings=True),
     "single_kv": dict(conv_bias=True, vocab_size=61),  # a vocabulary that stays whole
     "not_shared": dict(remat="dots"),  # with the router's bias
-    "hybrid": dict(num_layers=2, attention=AttentionConfig(layers=(1,), num_heads=4)),
+    # Keys and values of attention that four devices cannot share, and an MLP that exchanges tokens instead of weights.
+    "hybrid": dict(num_layers=2, intermediate_size=512, attention=AttentionConfig(layers=(1,), num_heads=4, num_kv_heads=2)),
 }
 
 
@@ -82,12 +93,14 @@ def case(name, dtype="float32"):
     """A config, its values and a batch; some targets are missing. Of the packed ones there are documents, and padding."""
     config = small(name if name in KINDS else "mom", **dict(num_heads=4, vocab_size=64, dtype=dtype) | CASES[name])
     rng = np.random.default_rng(0)
-    shape = B, {"mom": 64, "single_kv": 128}.get(name, T)  # whole segments on every device need no dispatch to shared slots
+    # Whole segments on every device need no dispatch to slots of the shared memory; not all meshes divide four rows.
+    shape = {"mom": (B, 64), "single_kv": (B, 128), "not_shared": (4, T)}.get(name, (B, T))
     tokens, targets = rng.integers(0, 61, (2, *shape)).astype(np.int32)
     batch = {"tokens": tokens, "targets": np.where(rng.uniform(size=shape) < 0.1, -1, targets)}
+    if name in ("packed", "hybrid", "single_kv"):
+        batch["document_ids"] = np.cumsum(rng.uniform(size=shape) < 0.05, axis=1, dtype=np.int32)
     if name in ("packed", "hybrid"):
-        documents = np.cumsum(rng.uniform(size=shape) < 0.05, axis=1, dtype=np.int32)
-        batch |= {"document_ids": documents, "attention_mask": rng.uniform(size=shape) < 0.9}
+        batch["attention_mask"] = rng.uniform(size=shape) < 0.9
     return config, *draw_params(config), batch
 
 
@@ -252,7 +265,7 @@ def test_data_sums_gradients_once():
 
 
 @pytest.mark.parametrize("axis", ["tensor", "memory"])
-def test_widths_exchange_activations_only(axis):
+def test_widths_exchange_rows_and_the_weights_of_the_mlp(axis):
     """Rows of [B, T, D] are gathered before the mixer and scattered after it, with their gradients the other way; so are the
     hidden states before the head, and the embeddings after theirs. The MLP has its own rows, and gathers its weights.
 
@@ -270,6 +283,25 @@ def test_widths_exchange_activations_only(axis):
         assert sent(program, kind, is_in_loop=False) == [size] * 2
     assert sum(sent(program, "all-reduce")) < 32 * 1024  # of the small parameters, and metrics
     assert not sent(program, "all-to-all") + sent(program, "collective-permute")
+
+
+def test_a_token_of_decoding_is_not_moved_about():
+    """Only summed, after mixer and MLP."""
+    config = small(num_heads=4)
+    model, mesh = bind(config, *draw_params(config)), make_mesh(MeshConfig(tensor=4), config)
+    with use_mesh(mesh):
+        step = jax.jit(lambda tokens, state: model.hidden(tokens, state=state))
+        program = step.lower(np.ones((B, 1), np.int32), model.init_state(B)).compile()
+    found = [collective.kind for collective in collectives(program.as_text()) if collective.is_in_loop]
+    assert set(found) == {"all-reduce"} and len(found) <= 2
+
+
+def test_ids_out_of_range_are_nan_over_a_mesh_too():
+    table, ids = jnp.arange(32.0).reshape(8, 4), np.tile(np.arange(-1, 63, dtype=np.int32), (4, 1))
+    with use_mesh(make_mesh(MeshConfig(fsdp=2, memory=2))):
+        found = jax.jit(lambda table, ids: take_rows(table, ids, jnp.float32))(table, ids)
+    is_there = ((ids >= 0) & (ids < 8))[..., None]
+    np.testing.assert_array_equal(found, np.where(is_there, np.asarray(table)[np.where(is_there[..., 0], ids, 0)], np.nan))
 
 
 def test_weights_are_gathered_in_the_compute_type():

@@ -1,5 +1,7 @@
 """The short convolution's kernels against plain JAX: values and every gradient."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,28 @@ def test_tokens_are_gathered_into_slots(interpret, rng):
         return y, pull(cotangent)
 
     assert_close(gathered(x, weight, cotangent), plain(x, weight, cotangent), LIMITS["float32"])
+
+
+def test_tiles_that_are_not_written_reach_nothing(rng):
+    """Most of a device's slots may be dead. The interpreter leaves NaN there, and the recurrence must not see it."""
+    segments, shape = Segments.from_lengths(jnp.array([[20, 44]])), (1, 512, 1, 16)
+    x, weight = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in (shape, (4, 1, 16)))
+    half = jnp.full(shape[:3], 0.5)
+
+    @partial(jax.jit, static_argnums=2)
+    def values_and_gradients(x, weight, implementation):
+        options = {"segments": segments, "implementation": implementation, "interpret": implementation == "triton"}
+
+        def f(x, weight):
+            k = api.short_convolution(x, weight, None, normalize=True, **options)
+            return k, api.gated_delta_rule(k, k, k, -half, half, **options)
+
+        (k, (o, state)), pull = jax.vjp(f, x, weight)
+        return k, (o, state, pull((jnp.zeros_like(k), (jnp.ones_like(o), state))))
+
+    k, found = values_and_gradients(x, weight, "triton")
+    assert np.isnan(k[:, 128:]).all()
+    assert_close(found, values_and_gradients(x, weight, "chunked")[1], LIMITS["float32"])
 
 
 def test_errors(unchecked_shapes):

@@ -22,8 +22,8 @@ def short_convolution(
     x, weight, bias, segments: Segments, run_ids=None, history=None, *, token_of=None, slot_of=None, normalize=False,
     eps=1e-6, config=FORWARD, grad_config=BACKWARD, interpret=False,
 ):  # fmt: skip
-    """See :func:`pallas_kernels.api.short_convolution`. Dead slots come out zero, whatever x holds there, or not at
-    all where a whole tile is dead; their gradient is zero.
+    """See :func:`pallas_kernels.api.short_convolution`. A tile of dead slots only is not written; the
+    gradient of dead slots is zero, whatever x and the cotangent hold there.
 
     Args:
       eps: of the l2 norm.
