@@ -25,7 +25,7 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """Those between several devices."""
+    """Those between several devices; a TPU's reduce-scatter is a fusion of an all-reduce and a slice, by its name."""
     bodies, found = {}, []
     for text in re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", hlo):
         if name := re.match(r"(ENTRY )?%([\w.\-]+) \(", text):
@@ -35,6 +35,8 @@ def collectives(hlo: str) -> list[Collective]:
         for line in bodies[name].splitlines()[1:]:
             if match := re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)", line):
                 result, kind, is_started, rest = match.groups()
+                if name.startswith("all-reduce-scatter"):
+                    kind, result = "reduce-scatter", re.search(r"ROOT .*? = (.*?) ", bodies[name])[1]
                 sizes = [_bytes(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", result)]
                 sizes = [max(sizes)] if is_started else sizes  # what is started gives its operands, too
                 found.append(Collective(kind, _group_size(rest), tuple(sizes), is_in_loop, times))

@@ -39,7 +39,13 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %one = f32[4]{0} all-reduce(%p), replica_groups=mesh['data'=1,'fsdp'=4] {'data'}, to_apply=%add.1
 }
 
+%all-reduce-scatter.3 (p: f32[8]) -> f32[2] {
+  %sum = f32[8]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add.1
+  ROOT %own = f32[2]{0:T(128)S(1)} dynamic-slice(%sum, %place), dynamic_slice_sizes={2}
+}
+
 ENTRY %main.6 (p: f32[4]) -> f32[4] {
+  %fused = f32[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3
   %loop = (s32[], f32[4]{0}) while(%tuple), condition=%condition.2, body=%body.4, metadata={op_name="jit(step)/while"}
   %fusion = f32[4]{0} fusion(%p), kind=kLoop, calls=%fused.5
   %kernel.1 = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", metadata={op_name="b/recurrence/pallas_call"}
@@ -54,7 +60,7 @@ ENTRY %main.6 (p: f32[4]) -> f32[4] {
 def test_collectives_count_as_often_as_their_loop_runs():
     found = {kind: (x["count"], x["bytes"]) for kind, x in compile_for_tpu.totals(PROGRAM).items() if x["count"]}
     assert found == {
-        "all-gather": (24, 24 * 2 * 2048 * 4 * 256), "all-reduce": (24, 24 * 20), "reduce-scatter": (1, 16),
+        "all-gather": (24, 24 * 2 * 2048 * 4 * 256), "all-reduce": (24, 24 * 20), "reduce-scatter": (2, 16 + 8),
         "collective-permute": (1, 16),
     }  # fmt: skip
 
