@@ -28,7 +28,10 @@ def topology_devices(topology: str) -> list[jax.Device]:
       ModuleNotFoundError: libtpu is not installed. ValueError: there is no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("libtpu, which compiles for TPUs, is not installed: use make tpu-check, or EXTRA=tpu")
+        raise ModuleNotFoundError(
+            "libtpu, which compiles for TPUs, is not installed here: make .venv-tpu/installed (221 MB, needs no TPU), then "
+            "the same with .venv-tpu/bin/python"
+        )
     os.environ.update({name: os.environ.get(name, value) for name, value in HERE.items()})
     jax.config.update("jax_platforms", "cpu")  # compiled for a TPU, run on none
     try:

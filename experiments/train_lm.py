@@ -27,7 +27,7 @@ from mom_jax.data import make_dataset
 from mom_jax.fit import fit
 from mom_jax.generation import generate
 from mom_jax.model import MoMLanguageModel, bind
-from mom_jax.processes import DistributedConfig, is_first, join, on_first, row_share
+from mom_jax.processes import DistributedConfig, console, is_first, join, on_first, require_same, require_shared, row_share
 from mom_jax.reports import read_metrics
 from mom_jax.runs import keep_tokenizer, load_run
 from mom_jax.sampling import Sampling
@@ -56,6 +56,9 @@ class TrainLM:
 
 def main(config: TrainLM) -> None:
     join(config.distributed)
+    # Where files lie may differ from host to host.
+    settings = {name: value for name, value in to_dict(config).items() if name not in ("distributed", "output")}
+    require_same(settings | {"data": settings["data"] | {"path": None}})
     mesh = make_mesh(config.mesh, config.model)
     share, shares = row_share(mesh)
     shards = config.mesh.data * config.mesh.fsdp * config.train.accumulation
@@ -86,7 +89,10 @@ def main(config: TrainLM) -> None:
         for split in splits
     }
     output = Path(config.output)
+    require_shared(output)
     on_first(lambda: keep_tokenizer(config.data.path, output))
+    if mesh.size < jax.device_count():
+        print(f"{mesh.size} of {jax.device_count()} devices are used: see --mesh.data and the others", file=console())
 
     run_config = {name: value for name, value in to_dict(config).items() if name in ("model", "data", "train")}
     fitted = fit(

@@ -385,7 +385,7 @@ class MeshConfig:
     fsdp: int = 1
     """Devices over which the rows of a batch are split, and the parameters and the optimiser's state with them."""
     memory: int = 1
-    """Devices over which the memories are split, and all else of a layer; it divides num_memories."""
+    """Devices over which the memories are split, and all else of a layer; it divides num_memories, times tensor heads."""
     tensor: int = 1
     """Devices over which the heads of every memory are split, and all else of a layer."""
     sequence: int = 1

@@ -136,8 +136,9 @@ class _Loop:
                 batch = place(next(self.batches), self.mesh)
                 if bar is None:
                     bar = ProgressBar(last, batch["tokens"].size, done, console())
-                state, metrics = self.train_step(state, batch)
-                cast_before, cast = cast, vote.cast()
+                start = functools.partial(self.train_step, state, batch)
+                state, metrics = self.peers.start(start, "step", step)
+                cast_before, cast = cast, self.peers.start(vote.cast, "the vote after step", step)
                 # One step behind, so that the check of the loss does not hold the device up.
                 if pending is not None:
                     self.report(*pending, bar)
@@ -200,7 +201,12 @@ class _Loop:
         batches = itertools.islice(self.valid_data(), self.train.eval_batches)
         placed = (place(batch, self.mesh) for batch in batches)
         fetch = functools.partial(self.peers.fetch, program="the evaluation at step", step=step)
-        result = evaluate(self.eval_step, state, placed, fetch)
+
+        def eval_step(*arguments):
+            start = functools.partial(self.eval_step, *arguments)
+            return self.peers.start(start, "the evaluation at step", step)
+
+        result = evaluate(eval_step, state, placed, fetch)
         self.load = result.pop("load")
         self.record(step, "valid", **result, **self.bits("valid", result["loss"]), load=self.load)
         return result["loss"]

@@ -11,12 +11,15 @@ import contextlib
 import functools
 import os
 import pickle
+import secrets
 import socket
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import jax
@@ -31,6 +34,8 @@ MARGIN = 15
 """Seconds that JAX's own limits, which abort without saying what to do, come after ours."""
 SLOW = 600
 """Seconds more that the first step and evaluation, which not all processes compile equally fast, and saves may take."""
+SEEN = 30
+"""Seconds in which a shared file system shows what another process has written."""
 LONGEST_END = 1800
 """Seconds that the others wait for process 0, which draws pictures and samples at the end of a run."""
 
@@ -87,7 +92,8 @@ def join(config: DistributedConfig) -> None:
     if not config.auto and config.coordinator is None:
         return
     which = "" if config.auto else f" {config.process_id} of {config.num_processes} at {config.coordinator}"
-    late = f"process{which}: not all processes came together within {config.join_timeout} s; see the logs of the others"
+    together = f"not all processes came together within {config.join_timeout} s"
+    late = f"process{which}: {together}; see the logs of the others, and whether each id was started once"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself; see stopping.py
     if config.process_id == 0:
         _require_free(config.coordinator)
@@ -105,7 +111,7 @@ def join(config: DistributedConfig) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise OSError(f"process{which} cannot join the others: {_first_line(error)}") from error
     if is_first():
-        print(f"{jax.process_count()} processes with {jax.device_count()} devices", file=sys.stderr, flush=True)
+        print(f"{jax.process_count()} processes, {jax.device_count()} devices in all", file=sys.stderr, flush=True)
 
 
 def _require_free(coordinator: str) -> None:
@@ -150,6 +156,50 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
     if error is not None:
         raise error
     return value
+
+
+def require_same(settings: dict[str, Any]) -> None:
+    """Settings and tables of them with which all processes must have been started. Raises ``ValueError`` in all if not."""
+    if jax.process_count() == 1:
+        return
+    own = {}
+    for name, value in settings.items():
+        own |= {f"{name}.{field}": x for field, x in value.items()} if isinstance(value, dict) else {name: value}
+    first = on_first(lambda: own)
+    me = f"process {jax.process_index()}"
+    found = [f"{me} has {name} = {x!r}, process 0 {first.get(name)!r}" for name, x in own.items() if x != first.get(name)]
+    message = f"{'; '.join(found)}: start all with the same but for their ids"
+    _require_everywhere(not found, "other settings than process 0", message)
+
+
+def require_shared(directory: Path) -> None:
+    """That what process 0 writes into the directory is seen by all. Raises ``ValueError`` in all processes if not."""
+    if jax.process_count() == 1:
+        return
+    probe, written = directory / ".shared", secrets.token_hex()
+
+    def write():
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_text(written)
+        return written
+
+    written, until = on_first(write), time.monotonic() + SEEN
+    while not (is_seen := probe.is_file() and probe.read_text() == written) and time.monotonic() < until:
+        time.sleep(0.1)
+    try:
+        _require_everywhere(
+            is_seen, f"an --output {directory} of its own",
+            f"process {jax.process_index()} does not see what process 0 writes into {directory}: all must share --output",
+        )  # fmt: skip
+    finally:
+        on_first(lambda: probe.unlink(missing_ok=True))
+
+
+def _require_everywhere(is_right: bool, what: str, message: str) -> None:
+    """``ValueError`` with ``message`` in the processes where it is not right, and with their number in the others."""
+    wrong = np.flatnonzero(~np.asarray(multihost_utils.process_allgather(np.bool_(is_right)), bool)).tolist()
+    if wrong:
+        raise ValueError(message if not is_right else f"process {wrong[0]} has {what}: see its log")
 
 
 @functools.cache
@@ -218,11 +268,18 @@ class Peers:
         self._kept, self._compiled = kept, set()
         self._me = f"process {jax.process_index()} of {jax.process_count()}"
 
+    def start(self, run: Callable[[], Any], program: str, step: int) -> Any:
+        """``run()``, which starts ``program`` on the devices; it may wait there, for a compilation or for the others."""
+        return self._await_program(run, program, step, ("start", program))
+
     def fetch(self, values: Any, program: str, step: int) -> Any:
         """``jax.device_get`` of what ``program`` computes at ``step``."""
-        first_time = program not in self._compiled
-        self._compiled.add(program)
-        return self.await_result(lambda: jax.device_get(values), program, step, slow=first_time)
+        return self._await_program(lambda: jax.device_get(values), program, step, program)
+
+    def _await_program(self, result, program, step, key):
+        is_first_time = key not in self._compiled
+        self._compiled.add(key)
+        return self.await_result(result, program, step, slow=is_first_time)
 
     def await_result(self, result: Callable[[], Any], program: str, step: int, *, slow: bool) -> Any:
         """``result()``, for which ``program`` needs the others at ``step``; if ``slow``, SLOW seconds longer."""

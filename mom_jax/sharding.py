@@ -193,12 +193,6 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     needed, there = math.prod(sizes.values()), len(devices)
-    rest = {name: min(size, there) for name, size in sizes.items() if name != "data"}
-    if math.prod(rest.values()) > there:
-        rest = dict.fromkeys(rest, 1) | {"memory": min(config.memory, there)}
-    proposal = {"data": there // math.prod(rest.values())} | {name: size for name, size in rest.items() if size > 1}
-    advice = " ".join(f"--mesh.{name} {size}" for name, size in proposal.items())
-    require(needed <= there, "the number of mesh devices", needed, f"there are {there} devices; try {advice}")
     if model is not None:
         require(
             model.num_memories % config.memory == 0,
@@ -209,6 +203,16 @@ def make_mesh(
             "MeshConfig.memory * MeshConfig.tensor", config.memory * config.tensor,
             f"it must divide num_heads = {model.num_heads}",
         )  # fmt: skip
+
+    def at_most(size):  # of the divisors of a size, which fit the model as it does
+        return max(n for n in range(1, min(size, there) + 1) if size % n == 0)
+
+    rest = {name: at_most(size) for name, size in sizes.items() if name != "data"}
+    if math.prod(rest.values()) > there:
+        rest = dict.fromkeys(rest, 1) | {"memory": at_most(config.memory)}
+    proposal = {"data": there // math.prod(rest.values())} | {name: size for name, size in rest.items() if size > 1}
+    advice = " ".join(f"--mesh.{name} {size}" for name, size in proposal.items())
+    require(needed <= there, "the number of mesh devices", needed, f"there are {there} devices; try {advice}")
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
     )  # fmt: skip

@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mom_jax.processes import end_now
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 2.0
+"""Seconds that Python has to end by a second signal in its own way, before it is ended where it stands."""
 
 
 class StopSignal:
@@ -29,12 +31,11 @@ class StopSignal:
     def __enter__(self):
         self.name: str | None = None
         self._old = {number: signal.signal(number, self._note) for number in SIGNALS}
-        if self._deadline is not None:
-            # Python calls handlers between two of its instructions; this hears of a signal during a step or a save, too.
-            self._heard, self._told = os.pipe()
-            os.set_blocking(self._told, False)
-            self._old_wakeup = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
-            threading.Thread(target=self._wait, daemon=True).start()
+        # Python calls handlers between two of its instructions; this hears of a signal during a step or a save, too.
+        self._heard, self._told = os.pipe()
+        os.set_blocking(self._told, False)
+        self._old_wakeup = signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        threading.Thread(target=self._wait, daemon=True).start()
         return self
 
     def _note(self, number, _frame):
@@ -46,19 +47,26 @@ class StopSignal:
         self.name = signal.Signals(number).name
 
     def _wait(self):
+        count = 0
         while number := os.read(self._heard, 1):
-            if number[0] == signal.SIGTERM and not self._done.wait(self._deadline):
-                late = f"SIGTERM: the run has not saved within {self._deadline:g} s and ends; {self._kept()}"
-                end_now(late, 128 + signal.SIGTERM)
+            count += 1
+            if count > 1:
+                self._end_after(GRACE, number[0], "a second signal ends the run")
+            elif number[0] == signal.SIGTERM and self._deadline is not None:
+                late = f"the run has not saved within {self._deadline:g} s and ends"
+                threading.Thread(target=self._end_after, args=(self._deadline, number[0], late), daemon=True).start()
         os.close(self._heard)
+
+    def _end_after(self, seconds: float, number: int, why: str):
+        if not self._done.wait(seconds):
+            end_now(f"{signal.Signals(number).name}: {why}; {self._kept()}", 128 + number)
 
     def __exit__(self, *_):
         self._done.set()
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        if self._deadline is not None:
-            signal.set_wakeup_fd(self._old_wakeup)
-            os.close(self._told)
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._told)
 
 
 class Vote:

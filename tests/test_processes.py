@@ -53,9 +53,11 @@ def test_without_a_cluster_auto_is_refused(workshop, tmp_path):
 # What they agree on
 
 PROGRAM = """if True:
-    import json, signal, sys
+    import json, signal, sys, tempfile
+    from pathlib import Path
+    from mom_jax import processes
     from mom_jax.config import MeshConfig
-    from mom_jax.processes import DistributedConfig, join, on_first, row_share
+    from mom_jax.processes import DistributedConfig, join, on_first, require_same, require_shared, row_share
     from mom_jax.sharding import make_mesh
     from mom_jax.stopping import StopSignal, Vote
     import jax
@@ -72,6 +74,19 @@ PROGRAM = """if True:
         on_first(lambda: {}["of process %d" % me])
     except KeyError as error:
         found["error"] = str(error)
+    processes.SEEN = 0.5
+    with tempfile.TemporaryDirectory() as own, tempfile.TemporaryDirectory() as other:
+        for name, check in {
+            "same": lambda: require_same({"data": {"seed": 0}}),
+            "settings": lambda: require_same({"data": {"seed": me, "rows": 4}}),
+            "shared": lambda: require_shared(Path(on_first(lambda: own)) / "run"),
+            "directories": lambda: require_shared(Path(other)),
+        }.items():
+            try:
+                found[name] = check()
+            except ValueError as error:
+                found[name] = str(error)
+        on_first(lambda: None)  # before the directory of process 0 goes
     with StopSignal() as stop:
         vote = Vote(stop, make_mesh(MeshConfig(data=jax.device_count())))
         before = vote.outcome(vote.cast())
@@ -128,6 +143,11 @@ def test_two_processes_of_a_slurm_job_agree(port):
         assert own["on_first"] == {"said by": 0, "text": "x" * 100}
         assert own["error"] == "'of process 0'"
         assert own["votes"] == [None, None, "SIGTERM"]
+        assert own["same"] is None and own["shared"] is None
+    assert found[0]["settings"] == "process 1 has other settings than process 0: see its log"
+    assert found[1]["settings"] == "process 1 has data.seed = 1, process 0 0: start all with the same but for their ids"
+    assert re.fullmatch("process 1 has an --output .* of its own: see its log", found[0]["directories"])
+    assert re.match("process 1 does not see what process 0 writes into .*: all must share", found[1]["directories"])
 
 
 def test_four_processes_agree(port):

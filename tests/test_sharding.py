@@ -370,16 +370,16 @@ def test_without_a_mesh_nothing_is_annotated():
     [
         (MeshConfig(data=16), r"number of mesh devices = 16 .*there are 8 devices; try --mesh.data 8$"),
         (MeshConfig(data=4, memory=4), r"number of mesh devices = 16 .*try --mesh.data 2 --mesh.memory 4"),
-        (MeshConfig(memory=16), r"number of mesh devices = 16 .*try --mesh.data 1 --mesh.memory 8"),
+        (MeshConfig(fsdp=12), r"number of mesh devices = 12 .*try --mesh.data 1 --mesh.fsdp 6"),
         (MeshConfig(fsdp=4, memory=4), r"number of mesh devices = 16 .*try --mesh.data 2 --mesh.memory 4"),
         (MeshConfig(memory=8), r"MeshConfig.memory = 8 is not allowed: it must divide num_memories = 4"),
         (MeshConfig(memory=3), r"MeshConfig.memory = 3 is not allowed: it must divide num_memories = 4"),
-        (MeshConfig(memory=2, tensor=4), r"MeshConfig.memory \* MeshConfig.tensor = 8 .* must divide num_heads = 2"),
+        (MeshConfig(memory=2, tensor=4), r"MeshConfig.memory \* MeshConfig.tensor = 8 .* must divide num_heads = 4"),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused_with_advice(config, message):
     with pytest.raises(ValueError, match=message):
-        make_mesh(config, small())
+        make_mesh(config, small(num_heads=4))
 
 
 def test_a_mesh_of_some_devices():
