@@ -100,7 +100,7 @@ def test_every_op_is_compiled_with_every_decay():
 
 @pytest.mark.skipif(has_libtpu, reason="libtpu is there; make test runs it where there is none")
 def test_without_libtpu_it_says_what_to_install():
-    with pytest.raises(ModuleNotFoundError, match="make tpu-check"):
+    with pytest.raises(ModuleNotFoundError, match="make .venv-tpu/installed"):
         tpus.topology_devices("v5e:2x2")
 
 
