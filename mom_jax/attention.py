@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mom_jax.config import ModelConfig
 from mom_jax.layers import Deferred, LayerState, Product, einsum, einsums, normal_param
-from mom_jax.sharding import constrain_tokens
+from mom_jax.sharding import constrain, constrain_tokens
 from pallas_kernels.api import with_states
 
 
@@ -90,7 +90,8 @@ class Attention(nnx.Module):
             position = position + state.stack.count[state.layer][:, None]
         weights = {"q": self.attention_q, "k": self.attention_k, "v": self.attention_v}
         products = {name: Product("btd,dhk->bthk", (w[...],)) for name, w in weights.items()}
-        q, k, v = einsums(x, products, dtype=config.dtype).values()
+        letters = {"q": "bthk", "k": "btgk", "v": "btgk"}
+        q, k, v = (constrain(y, letters[name]) for name, y in einsums(x, products, dtype=config.dtype).items())
         # Only differences of positions matter, so that counting through document borders changes nothing.
         q, k = (rotate(a, position, attention.rope_theta) for a in (q, k))
 

@@ -16,7 +16,7 @@ from mom_jax.sharding import (
     constrain,
     constrain_tokens,
     leaf_name,
-    letter_of_rows,
+    letters_of_mlp,
     products_over_mesh,
     shares_tokens,
 )
@@ -227,12 +227,12 @@ class SwiGLU(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"] | Deferred, residual: Float[Array, "B T D"] | None = None
     ) -> Float[Array, "B T D"]:
-        row = letter_of_rows(x, self.width)
+        of_x = letters_of_mlp(x, self.width)
         weights = {"gate": self.w_gate, "up": self.w_up}
-        products = {name: Product(f"{row}td,df->{row}tf", (w[...],)) for name, w in weights.items()}
+        products = {name: Product(f"{of_x}d,df->{of_x}f", (w[...],)) for name, w in weights.items()}
         y, w_down = einsums(x, products, dtype=self.dtype), self.w_down[...]
         if isinstance(w_down, LayerWeight):
             hidden = Deferred(y["up"], gate=y["gate"])
         else:
-            hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], f"{row}tf")
-        return constrain_tokens(einsum(f"{row}tf,fd->{row}td", hidden, w_down, dtype=self.dtype, residual=residual))
+            hidden = constrain(jax.nn.silu(y["gate"]) * y["up"], f"{of_x}f")
+        return constrain_tokens(einsum(f"{of_x}f,fd->{of_x}d", hidden, w_down, dtype=self.dtype, residual=residual))

@@ -29,7 +29,7 @@ from mom_jax.sharding import (
     constrain,
     constrain_tokens,
     gather_params,
-    gather_rows,
+    gather_tokens,
     leaf_name,
     parameter_specs,
     shares_tokens,
@@ -202,7 +202,7 @@ class MixtureOfMemories(nnx.Module):
             return found
 
         def run(params, x, memories, weights, *arguments):
-            gathered = (gather_rows(a, between) for a in (x, memories, weights))
+            gathered = (gather_tokens(a, between) for a in (x, memories, weights))
             return _run_shard(self.config, module, gather_params(params, in_specs), *gathered, *arguments)
 
         between, tokens = spec_of_tokens(x), spec("bt")

@@ -5,9 +5,10 @@ One table says which mesh axes split which letter; another gives the letters of 
 
 Rows are split over ``data`` and ``fsdp``, their tokens over ``sequence``, the routed memories over ``memory``, their heads
 over ``tensor``; what is outside of the memories over ``tensor`` and ``memory`` together, so that no device does another's
-work: products by heads or widths, what is between them (norms, residuals) by rows. Products gather these rows, and their
-partial results are summed and scattered to rows again; or, as the MLP of many tokens, they keep them and gather their
-weights. An axis that does not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit`` with these shardings.
+work: products by heads or widths, what is between them (norms, residuals) by rows, or by tokens where rows are few. Products
+gather these tokens, and their partial results are summed and scattered again; or, as the MLP of many tokens, they keep them
+and gather their weights. An axis that does not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit`` with
+these shardings.
 
 Whose job the collectives are: in training, what multiplies with a parameter that is split runs under ``shard_map`` and
 names its own: the memories, :func:`products_over_mesh`, :func:`take_rows`, the cross-entropy. Parameters lie split over
@@ -22,7 +23,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,10 +35,10 @@ from mom_jax.config import MeshConfig, ModelConfig, require
 from pallas_kernels.segments import SEGMENT_ALIGNMENT
 
 ROWS, WIDTHS = ("data", "fsdp"), ("tensor", "memory")
-# b and r are both rows: r of what is between products (spec_of_tokens); where its axes do not divide them, they are b.
+# b and r are both rows, t and s tokens: r or s of what is between products (letters_of_tokens).
 MESH_AXES = {
-    "b": ROWS, "r": (*ROWS, *WIDTHS), "t": ("sequence",), "m": ("memory",), "h": WIDTHS, "g": WIDTHS, "f": WIDTHS,
-    "o": WIDTHS,
+    "b": ROWS, "r": (*ROWS, *WIDTHS), "t": ("sequence",), "s": ("sequence", *WIDTHS), "m": ("memory",), "h": WIDTHS,
+    "g": WIDTHS, "f": WIDTHS, "o": WIDTHS,
 }  # fmt: skip
 # Of parameters, whose capital letters are axes that are not split like activations: since they are small every device has
 # them whole, but for the heads of the memories, of which it has those that it works with.
@@ -72,10 +73,9 @@ def spec(letters: str, shape: tuple[int, ...] | None = None, axes: dict[str, tup
     """
     sizes, used, entries = dict(jax.sharding.get_abstract_mesh().shape), set(), []
     for place, letter in enumerate(letters):
-        for names in (axes.get(letter, ()), ROWS if letter == "r" else (), ()):
-            names = tuple(name for name in names if name not in used)
-            if shape is None or shape[place] % math.prod(sizes.get(name, 1) for name in names) == 0:
-                break
+        names = tuple(name for name in axes.get(letter, ()) if name not in used)
+        if shape is not None and shape[place] % math.prod(sizes.get(name, 1) for name in names):
+            names = ()
         used.update(names)
         entries.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*entries)
@@ -114,16 +114,21 @@ def gather_params(params: Any, specs: Any, axes: tuple[str, ...] = ("fsdp",)) ->
     return jax.tree.map(gather, params, specs)
 
 
-def gather_rows(x: jax.Array, of_x: PartitionSpec) -> jax.Array:
-    """Inside of ``shard_map``: x [B, ...], which came as ``of_x`` says, with all rows of the devices that share widths."""
-    axes = tuple(axis for axis in mesh_axes(of_x[:1]) if axis in WIDTHS and jax.lax.axis_size(axis) > 1)
-    return checkpoint_name(jax.lax.all_gather(x, axes, tiled=True), EXCHANGED) if axes else x
+def gather_tokens(x: jax.Array, of_x: PartitionSpec) -> jax.Array:
+    """Inside of ``shard_map``: x [B, T, ...], which came as ``of_x`` says, with the tokens of all that share widths."""
+    for place in (0, 1):
+        axes = tuple(axis for axis in mesh_axes(of_x[place : place + 1]) if axis in WIDTHS and jax.lax.axis_size(axis) > 1)
+        if axes:
+            return checkpoint_name(jax.lax.all_gather(x, axes, axis=place, tiled=True), EXCHANGED)
+    return x
 
 
-def scatter_rows(x: jax.Array, axes: tuple[str, ...], of_sum: PartitionSpec) -> jax.Array:
-    """Inside of ``shard_map``: the sum of x [B, ...] over mesh axes, and of its rows those that ``of_sum`` leaves here."""
-    is_split = set(axes) <= set(mesh_axes(of_sum[:1]))
-    return checkpoint_name(jax.lax.psum_scatter(x, axes, tiled=True) if is_split else jax.lax.psum(x, axes), EXCHANGED)
+def scatter_tokens(x: jax.Array, axes: tuple[str, ...], of_sum: PartitionSpec) -> jax.Array:
+    """Inside of ``shard_map``: the sum of x [B, T, ...] over mesh axes, of its tokens those that ``of_sum`` leaves here."""
+    for place in (0, 1):
+        if set(axes) <= set(mesh_axes(of_sum[place : place + 1])):
+            return checkpoint_name(jax.lax.psum_scatter(x, axes, scatter_dimension=place, tiled=True), EXCHANGED)
+    return checkpoint_name(jax.lax.psum(x, axes), EXCHANGED)
 
 
 def products_over_mesh(
@@ -132,8 +137,8 @@ def products_over_mesh(
     """``multiply(equation, x, w)`` of each (equation, w), w a parameter, by every device with what it has of x and w.
 
     The equations' letters, alike in those of x, say where everything lies; what they contract is summed over the devices.
-    Rows of an x that all w split over the widths are gathered from where :func:`spec_of_tokens` has them, those of a y
-    summed over the widths scattered there. Where the equations call rows r, they stay there, and w is gathered.
+    Tokens of an x that w split over the widths are gathered from where :func:`spec_of_tokens` has them, those of a y summed
+    over the widths scattered there. Where the equations call them "rt" or "bs", they stay there, and w is gathered.
     """
     letters = [re.split(",|->", equation) for equation, _ in factors]
     of_x, of_w, of_y = spec(letters[0][0], x.shape), [], []
@@ -142,6 +147,11 @@ def products_over_mesh(
         of_w.append(spec(w_letters, w.shape, PARAMETER_MESH_AXES))
         of_y.append(spec(y_letters, tuple(sizes[letter] for letter in y_letters)))
     axes_of_x, axes_of_y = mesh_axes(of_x), [mesh_axes(axes) for axes in of_y]
+    is_shared = [any(axis in WIDTHS for axis in axes) for axes in axes_of_y]
+    if len(set(is_shared)) == 2:  # heads that the devices cannot share: each has them of its own tokens
+        parts = [[factor for factor, flag in zip(factors, is_shared, strict=True) if flag == part] for part in (False, True)]
+        found = [iter(products_over_mesh(multiply, x, part)) for part in parts]
+        return [next(found[flag]) for flag in is_shared]
     contracted = tuple(axis for axis in axes_of_x if axis not in axes_of_y[0])
     common = tuple(axis for axis in axes_of_y[0] if axis not in axes_of_x and all(axis in axes for axes in axes_of_y))
     gathers, scatters = (set(axes) == set(WIDTHS) for axes in (common, contracted))
@@ -150,16 +160,16 @@ def products_over_mesh(
         of_x = spec_of_tokens(x)
     if scatters or is_apart:
         of_y = [spec_of_tokens(x)] * len(of_y)
-    whole = ("fsdp", *WIDTHS) if letters[0][0].startswith("r") else ("fsdp",)
+    whole = ("fsdp",) if letters[0][0].startswith("bt") else ("fsdp", *WIDTHS)
 
     def own(x, weights):
         # Cast once for all products, or each one's gradient of x would be summed over the devices by itself.
         x = jax.lax.pcast(x, tuple(axis for axis in common if axis not in mesh_axes(of_x)), to="varying")
-        x = gather_rows(x, of_x) if gathers else x
+        x = gather_tokens(x, of_x) if gathers else x
         weights = [_of_own_tokens(w, of_w, of_x) for w, of_w in zip(weights, of_w, strict=True)]
         weights = gather_params(weights, of_w, whole)
         products = [multiply(equation, x, w) for (equation, _), w in zip(factors, weights, strict=True)]
-        return [scatter_rows(y, contracted, of_y[0]) for y in products] if contracted else products
+        return [scatter_tokens(y, contracted, of_y[0]) for y in products] if contracted else products
 
     return jax.shard_map(own, in_specs=(of_x, of_w), out_specs=of_y)(x, [w for _, w in factors])
 
@@ -191,31 +201,49 @@ def make_mesh(
       ValueError: the sizes do not fit the devices or the model; the message proposes sizes that do.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    needed, there = math.prod(sizes.values()), len(devices)
-    if model is not None:
-        require(
-            model.num_memories % config.memory == 0,
-            "MeshConfig.memory", config.memory, f"it must divide num_memories = {model.num_memories}",
-        )  # fmt: skip
-        require(
-            all(kind != "mom" for kind, _ in model.layer_runs) or model.num_heads % (config.memory * config.tensor) == 0,
-            "MeshConfig.memory * MeshConfig.tensor", config.memory * config.tensor,
-            f"it must divide num_heads = {model.num_heads}",
-        )  # fmt: skip
+    asked, there = dataclasses.asdict(config), len(devices)
+    meshes = (dict(zip(asked, sizes, strict=True)) for sizes in _factorizations(there, len(asked)))
 
-    def at_most(size):  # of the divisors of a size, which fit the model as it does
-        return max(n for n in range(1, min(size, there) + 1) if size % n == 0)
+    def how_far(sizes):  # of equally near ones, that with more of data
+        distance = sum(abs(math.log(sizes[name] / size)) for name, size in asked.items())
+        return round(distance, 6), *(-size for size in sizes.values())
 
-    rest = {name: at_most(size) for name, size in sizes.items() if name != "data"}
-    if math.prod(rest.values()) > there:
-        rest = dict.fromkeys(rest, 1) | {"memory": at_most(config.memory)}
-    proposal = {"data": there // math.prod(rest.values())} | {name: size for name, size in rest.items() if size > 1}
-    advice = " ".join(f"--mesh.{name} {size}" for name, size in proposal.items())
+    nearest = min((sizes for sizes in meshes if not _misfits(sizes, model)), key=how_far)
+    advice = " ".join(f"--mesh.{name} {size}" for name, size in nearest.items() if size > 1) or "--mesh.data 1"
+    for name, value, rule in _misfits(asked, model):
+        require(False, name, value, f"{rule}; devices here: {there}; try {advice}")
+    needed = math.prod(asked.values())
     require(needed <= there, "the number of mesh devices", needed, f"there are {there} devices; try {advice}")
     return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
+        tuple(asked.values()), tuple(asked), axis_types=(AxisType.Auto,) * len(asked), devices=devices[:needed]
     )  # fmt: skip
+
+
+def _misfits(sizes: dict[str, int], model: ModelConfig | None) -> list[tuple[str, int, str]]:
+    """(field, value, rule) of every rule of the model that a mesh of these sizes breaks."""
+    if model is None:
+        return []
+    has_memories = any(kind == "mom" for kind, _ in model.layer_runs)
+    rules = [
+        (("fsdp",), "hidden_size", model.hidden_size, True),
+        (("memory",), "num_memories", model.num_memories, True),
+        (("memory", "tensor"), "num_heads", model.num_heads, has_memories),
+    ]
+    return [
+        (" * ".join(f"MeshConfig.{axis}" for axis in axes), number, f"it must divide {field} = {size}")
+        for axes, field, size, applies in rules
+        if applies and size % (number := math.prod(sizes[axis] for axis in axes))
+    ]
+
+
+def _factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All tuples of ``count`` factors whose product is ``number``."""
+    if count == 1:
+        yield (number,)
+        return
+    for factor in range(1, number + 1):
+        if number % factor == 0:
+            yield from ((factor, *rest) for rest in _factorizations(number // factor, count - 1))
 
 
 def use_mesh(mesh: Mesh | None):
@@ -238,28 +266,39 @@ def take_rows(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
         found = jnp.take(table, jnp.where(is_own, place, 0), axis=0).astype(dtype)
         is_there = (tokens >= 0) & (tokens < size)
         found = jnp.where(is_own[..., None], found, jnp.where(is_there, 0, jnp.nan)[..., None].astype(dtype))
-        return scatter_rows(found, axes, of_found) if axes else found
+        return scatter_tokens(found, axes, of_found) if axes else found
 
     return jax.shard_map(own, in_specs=(of_table, of_ids), out_specs=of_found)(table, tokens)
 
 
+def letters_of_tokens(x: jax.Array) -> str:
+    """What the axes of x [B, T, ...] are between products: rows over the widths too, or tokens; not the few of decoding."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def can_share(letters):
+        shares = (math.prod(sizes.get(name, 1) for name in MESH_AXES[letter]) for letter in letters)
+        return all(size % share == 0 for size, share in zip(x.shape, shares, strict=False))
+
+    return next((letters for letters in ("rt", "bs") if x.shape[1] >= SEGMENT_ALIGNMENT and can_share(letters)), "bt")
+
+
 def spec_of_tokens(x: jax.Array) -> PartitionSpec:
-    """Where tokens of x [B, T, ...] lie between products: their rows over the widths too, but for the few of decoding."""
-    return spec("rt" if x.shape[1] >= SEGMENT_ALIGNMENT else "bt", x.shape[:2])
+    """Where tokens of x [B, T, ...] lie between products."""
+    return spec(letters_of_tokens(x), x.shape[:2])
 
 
-def letter_of_rows(x: jax.Array, width: int) -> str:
-    """What an MLP of ``width`` calls the rows of x [B, T, D] in its equations: r, where that exchanges less.
+def letters_of_mlp(x: jax.Array, width: int) -> str:
+    """What an MLP of ``width`` calls the tokens of x [B, T, D] in equations: as between products, if that exchanges less.
 
-    Forward and backward it exchanges 9 D width numbers so: three matrices twice, and their gradients. With b it gathers and
-    scatters all tokens of a data shard twice, D numbers each. Of two H200s that exchanged tokens one waited for 27 ms of a
-    step of 491 ms, and for 12 ms of 469 when they exchanged weights (docs/results).
+    Forward and backward it exchanges 9 D width numbers so: three matrices twice, and their gradients. With "bt" it gathers
+    and scatters all tokens of a data shard twice, D numbers each. Of two H200s that exchanged tokens one waited for 27 ms of
+    a step of 491 ms, and for 12 ms of 469 when they exchanged weights (docs/results).
     """
-    if not shares_tokens(x) or spec_of_tokens(x)[0] != MESH_AXES["r"]:
-        return "b"
+    if not shares_tokens(x):
+        return "bt"
     sizes = jax.sharding.get_abstract_mesh().shape
     tokens = math.prod(x.shape[:2]) // math.prod(sizes[name] for name in mesh_axes(spec("bt")))
-    return "r" if 4 * tokens > 9 * width else "b"
+    return letters_of_tokens(x) if 4 * tokens > 9 * width else "bt"
 
 
 def is_spread() -> bool:

@@ -26,7 +26,7 @@ from mom_jax.sharding import (
     PARAMETER_MESH_AXES,
     WIDTHS,
     gather_params,
-    gather_rows,
+    gather_tokens,
     is_spread,
     leaf_name,
     mesh_axes,
@@ -69,7 +69,7 @@ def cross_entropy(
 
     def own(hidden, head, targets):
         """Of the device's rows, with its part of the vocabulary; the head's gradient is reduced once, after the chunks."""
-        head, hidden = gather_params(head, of_head), gather_rows(hidden, of_hidden) if vocabulary else hidden
+        head, hidden = gather_params(head, of_head), gather_tokens(hidden, of_hidden) if vocabulary else hidden
         return jax.lax.psum(sums(hidden, head, targets, axis_name=vocabulary or None), mesh_axes(of_targets))
 
     return jax.shard_map(
@@ -137,8 +137,13 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def make_state(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> State:
     """A fresh state; every array is born with its sharding. :func:`abstract_state` is the same without values."""
+    return jit_state(model, train, mesh)()
+
+
+def jit_state(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> Callable[[], State]:
+    """The program of :func:`make_state`."""
     init = _init(model, train)
-    return jax.jit(init, out_shardings=_state_shardings(init, mesh))()
+    return jax.jit(init, out_shardings=_state_shardings(init, mesh))
 
 
 def abstract_state(model: ModelConfig, train: TrainConfig, mesh: Mesh) -> State:
