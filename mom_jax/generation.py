@@ -19,6 +19,7 @@ from mom_jax.config import ModelConfig, require
 from mom_jax.layers import cast_weights
 from mom_jax.model import ModelState, MoMLanguageModel, Params, bind, model_structure
 from mom_jax.sampling import PLAIN, Options, Sampling, next_token
+from mom_jax.sharding import constrain
 from mom_jax.token_files import Tokenizer
 
 PIECES = (2048, 1024, 512, 256, 128, 64)
@@ -80,6 +81,8 @@ def generate(
 ) -> list[Continuation]:
     """Continues every prompt, all of them at once, until each has drawn a stop token or ``max_new_tokens``.
 
+    Of a mesh of several processes all make the same call, with the mesh in use, and all get the rows.
+
     Args:
       prompts: of any lengths: token ids, or text where there is a tokenizer. Text begins a document, with ``bos_id`` if the
         tokenizer has one; without one, empty text is ``eos_id``, which ends the document before.
@@ -87,7 +90,7 @@ def generate(
         every row.
       max_length: tokens that attention layers without a window can hold; None: ``model.config.max_length``. Other layers
         have no limit.
-      callback: called every ``block`` tokens with the new ids of each row; a stopped row has none.
+      callback: called every ``block`` tokens with the new ids of each row; a stopped row has none. In every process.
       tokenizer: reads prompts and writes ``text``. Ids that it does not have are never drawn, but for ``stop_ids``.
 
     Raises:
@@ -222,7 +225,9 @@ def decode(config, params, decoding: Decoding, options: Options, seeds, is_stop,
         seen = None if d.seen is None else d.seen.at[jnp.arange(len(token)), token].set(True)
         return Decoding(out.state, out.hidden[:, 0], tokens, d.count + 1, is_done, seen)
 
-    return lax.while_loop(lambda d: (d.count < limit) & ~jnp.all(d.is_done), one, decoding)
+    d = lax.while_loop(lambda d: (d.count < limit) & ~jnp.all(d.is_done), one, decoding)
+    # Whole on every device, where each process can read them.
+    return d._replace(tokens=constrain(d.tokens, "BT"), is_done=constrain(d.is_done, "B"))
 
 
 def prompt_ids(config: ModelConfig, prompt: str | Ids, name: str, tokenizer: Tokenizer | None) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,10 @@ import pytest
 from workshop import STEPS, Workshop, assert_close_losses, last_step, saved_steps
 
 from mom_jax.checkpoint import Checkpoints
+from mom_jax.generation import generate
 from mom_jax.processes import MARGIN, DistributedConfig, PeerLost, Peers
+from mom_jax.runs import load_run
+from mom_jax.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +261,19 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(workshop, tmp_pa
     assert saved_steps(output) == [int(step)] and last_step(output) == int(step) < STEPS
     workshop.run(workshop.train("windows", output, *flags))
     assert_close_losses(output, workshop.uninterrupted("windows"))
+
+
+# A trained model
+
+
+def test_two_processes_sample_as_one(workshop, tmp_path):
+    """At the end of a run, its parameters split over both."""
+    output = shutil.copytree(workshop.uninterrupted("windows"), tmp_path / "run")
+    flags = ["--mesh.fsdp", "2", "--sample-tokens", "5", "--sample-prompts", "ab", ""]
+    with workshop.start_team(2, "windows", output, *flags) as team:
+        assert team.wait() == [0, 0], team.log(0)
+    run = load_run(output)
+    rows = generate(run.model, ["ab", ""], max_new_tokens=5, sampling=Sampling(0.8, top_k=40), tokenizer=run.tokenizer)
+    _, *texts, _ = (output / "sample.txt").read_text().split("-" * 80)
+    assert texts == [f"\nab{rows[0].text}\n", f"\n{rows[1].text}\n"]
+    assert "held out: loss" in team.log(0) and "held out: loss" not in team.log(1)
