@@ -31,7 +31,7 @@ from mom_jax.processes import DistributedConfig, console, is_first, join, on_fir
 from mom_jax.reports import read_metrics
 from mom_jax.runs import keep_tokenizer
 from mom_jax.sampling import Sampling
-from mom_jax.sharding import make_mesh, use_mesh
+from mom_jax.sharding import make_mesh, require_shares, use_mesh
 from mom_jax.token_files import TokenFile, load_tokenizer
 
 
@@ -56,22 +56,10 @@ class TrainLM:
 
 def main(config: TrainLM) -> None:
     join(config.distributed)
-    # Where files lie may differ from host to host.
-    settings = {name: value for name, value in to_dict(config).items() if name not in ("distributed", "output")}
-    require_same(settings | {"data": settings["data"] | {"path": None}})
+    require_same(to_dict(config), but=("distributed", "output", "data.path"))
     mesh = make_mesh(config.mesh, config.model)
     share, shares = row_share(mesh)
-    shards = config.mesh.data * config.mesh.fsdp * config.train.accumulation
-    require(
-        config.data.batch_size % shards == 0,
-        "DataConfig.batch_size", config.data.batch_size,
-        f"it must be a multiple of mesh.data * mesh.fsdp * train.accumulation = {shards}",
-    )  # fmt: skip
-    require(
-        config.data.sequence_length % config.mesh.sequence == 0,
-        "DataConfig.sequence_length", config.data.sequence_length,
-        f"it must be a multiple of mesh.sequence = {config.mesh.sequence}",
-    )  # fmt: skip
+    require_shares(config.data, config.mesh, config.train.accumulation)
     splits = {split: TokenFile(Path(config.data.path) / f"{split}.tokens") for split in ("train", "valid")}
     for token_file in splits.values():
         token_file.verify()

@@ -81,7 +81,7 @@ def generate(
 ) -> list[Continuation]:
     """Continues every prompt, all of them at once, until each has drawn a stop token or ``max_new_tokens``.
 
-    Of a mesh of several processes all make the same call, with the mesh in use, and all get the rows.
+    The processes of a mesh all make the same call, with the mesh in use, and all get the rows and hear ``callback``.
 
     Args:
       prompts: of any lengths: token ids, or text where there is a tokenizer. Text begins a document, with ``bos_id`` if the
@@ -90,7 +90,7 @@ def generate(
         every row.
       max_length: tokens that attention layers without a window can hold; None: ``model.config.max_length``. Other layers
         have no limit.
-      callback: called every ``block`` tokens with the new ids of each row; a stopped row has none. In every process.
+      callback: called every ``block`` tokens with the new ids of each row; a stopped row has none.
       tokenizer: reads prompts and writes ``text``. Ids that it does not have are never drawn, but for ``stop_ids``.
 
     Raises:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -158,13 +158,18 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
     return value
 
 
-def require_same(settings: dict[str, Any]) -> None:
-    """Settings and tables of them with which all processes must have been started. Raises ``ValueError`` in all if not."""
+def require_same(settings: dict[str, Any], but: Sequence[str] = ()) -> None:
+    """Settings and tables of them with which all processes must have been started. Raises ``ValueError`` in all if not.
+
+    Args:
+      but: settings, such as "data.path", and whole tables that may differ: where files lie may from host to host.
+    """
     if jax.process_count() == 1:
         return
     own = {}
     for name, value in settings.items():
         own |= {f"{name}.{field}": x for field, x in value.items()} if isinstance(value, dict) else {name: value}
+    own = {name: x for name, x in own.items() if name not in but and name.split(".")[0] not in but}
     first = on_first(lambda: own)
     me = f"process {jax.process_index()}"
     found = [f"{me} has {name} = {x!r}, process 0 {first.get(name)!r}" for name, x in own.items() if x != first.get(name)]

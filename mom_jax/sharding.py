@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mom_jax.config import MeshConfig, ModelConfig, require
+from mom_jax.config import DataConfig, MeshConfig, ModelConfig, require
 from pallas_kernels.segments import SEGMENT_ALIGNMENT
 
 ROWS, WIDTHS = ("data", "fsdp"), ("tensor", "memory")
@@ -194,15 +194,7 @@ def make_mesh(
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     needed, there = math.prod(sizes.values()), len(devices)
     if model is not None:
-        require(
-            model.num_memories % config.memory == 0,
-            "MeshConfig.memory", config.memory, f"it must divide num_memories = {model.num_memories}",
-        )  # fmt: skip
-        require(
-            all(kind != "mom" for kind, _ in model.layer_runs) or model.num_heads % (config.memory * config.tensor) == 0,
-            "MeshConfig.memory * MeshConfig.tensor", config.memory * config.tensor,
-            f"it must divide num_heads = {model.num_heads}",
-        )  # fmt: skip
+        require_fits(sizes, model)
 
     def at_most(size):  # of the divisors of a size, which fit the model as it does
         return max(n for n in range(1, min(size, there) + 1) if size % n == 0)
@@ -216,6 +208,30 @@ def make_mesh(
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:needed]
     )  # fmt: skip
+
+
+def require_fits(sizes: Mapping[str, int], model: ModelConfig) -> None:
+    """Raises ``ValueError`` if a mesh of these sizes cannot split the model."""
+    memory, both = sizes["memory"], sizes["memory"] * sizes["tensor"]
+    require(
+        model.num_memories % memory == 0,
+        "MeshConfig.memory", memory, f"it must divide num_memories = {model.num_memories}",
+    )  # fmt: skip
+    require(
+        all(kind != "mom" for kind, _ in model.layer_runs) or model.num_heads % both == 0,
+        "MeshConfig.memory * MeshConfig.tensor", both, f"it must divide num_heads = {model.num_heads}",
+    )  # fmt: skip
+
+
+def require_shares(data: DataConfig, mesh: MeshConfig, accumulation: int = 1) -> None:
+    """Raises ``ValueError`` if the mesh cannot split the batches, in ``accumulation`` pieces, into equal parts."""
+    rows = mesh.data * mesh.fsdp * accumulation
+    product = "mesh.data * mesh.fsdp" + (" * train.accumulation" if accumulation > 1 else "")
+    for name, value, of, divisor in (
+        ("batch_size", data.batch_size, product, rows),
+        ("sequence_length", data.sequence_length, "mesh.sequence", mesh.sequence),
+    ):
+        require(value % divisor == 0, f"data.{name}", value, f"it must be a multiple of {of} = {divisor}")
 
 
 def use_mesh(mesh: Mesh | None):
