@@ -8,7 +8,8 @@ Face layout (config.json and safetensors). A run is evaluated on its own data, i
 flags say otherwise; everything else needs --data.path, and for a run's figures that run's --data.sequence-length. Text that
 another tokenizer encoded is refused for a run and its inference checkpoint; for a Hugging Face model this is not known:
 encode the text with its tokenizer (prepare_text.py --tokenizer FILE). Prints a table and, with --output, writes the same as
-JSON. The held-out file of data/shakespeare takes about a minute on two cores.
+JSON. --mesh.* and --distributed.* are those of train_lm.py: the weights are split as in training, the rows are shared, and
+the figures are those of one device. The held-out file of data/shakespeare takes about a minute on two cores.
 """
 
 import dataclasses

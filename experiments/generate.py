@@ -9,7 +9,8 @@ Face layout with its tokenizer.json. Without --prompt, --prompt-file and --batch
 input; an empty prompt begins a new document, so the text is unprompted. A batch file has a prompt in each line, or, if its
 name ends in .jsonl, {"prompt": ...}; each line of the output is {"index", "prompt", "text", "ids", "ended"}, the index being
 the line's number from 0, in no certain order. The same command continues an output that was interrupted: what is in it is
-not generated again.
+not generated again. --mesh.* and --distributed.* are those of train_lm.py, for models that no device holds alone; of several
+processes the first alone reads the prompts and writes.
 """
 
 import hashlib

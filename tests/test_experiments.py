@@ -205,7 +205,8 @@ SCRIPTS = {
     "train_mqar.py": (
         lambda workshop, output: [
             *TINY, "--model.vocab-size", "32", "--train.steps", "20", "--train.warmup-steps", "2", "--sequence-length", "16",
-            "--pairs", "2", "4", "--train-rows", "8", "--batch-size", "4", "--test-rows", "4", "--output", str(output),
+            "--pairs", "2", "4", "--train-rows", "8", "--batch-size", "4", "--test-rows", "4", "--seeds", "2",
+            "--output", str(output),
         ],
         ["config.json", "results.json"],
     ),
@@ -317,16 +318,19 @@ def test_settings_that_would_do_nothing_are_refused(make, message):
 
 
 def test_an_interrupted_comparison_is_finished(workshop, tmp_path):
-    """An arm that the output already holds is not trained again; results of other settings are refused."""
+    """By two processes, with a seed each. An arm that the output already holds is not trained again; results of other
+    settings are refused."""
     path = shutil.copytree(workshop.outputs("train_mqar.py"), tmp_path / "mqar") / "results.json"
     command = workshop.command("train_mqar.py", *SCRIPTS["train_mqar.py"][0](workshop, path.parent))
     results = json.loads(path.read_text())
     marked = {name: results[name] | {"parameters": -1} for name in ("mom", "equal parameters")}
     path.write_text(json.dumps(marked))
-    workshop.run(command)
+    with workshop.team(2, [*command, "--mesh.data", "2"], tmp_path / "logs") as team:
+        assert team.wait() == [0, 0], team.log(0) + team.log(1)
+        assert "| equal state |" in team.log(0) and "|" not in team.log(1)
     assert json.loads(path.read_text()) == results | marked
-    stderr = workshop.run([*command, "--seeds", "2"], status=1).stderr
-    assert "it holds results of other settings" in stderr
+    stderr = workshop.run([*command, "--seeds", "3"], status=1).stderr
+    assert "it holds results of other settings (seeds)" in stderr
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *NEED_LIBTPU])
