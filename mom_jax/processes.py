@@ -37,7 +37,7 @@ SLOW = 600
 SEEN = 30
 """Seconds in which a shared file system shows what another process has written."""
 LONGEST_END = 1800
-"""Seconds that the others wait for process 0, which draws pictures and samples at the end of a run."""
+"""Seconds that the others wait for process 0, which draws pictures and writes at the end of a run."""
 
 
 class PeerLost(ConnectionError):
@@ -263,10 +263,10 @@ class Peers:
 
     Args:
       timeout: ``DistributedConfig.peer_timeout``; None, or a single process: no limit.
-      kept: says which checkpoint a run can continue from.
+      kept: says which checkpoint a run can continue from, or what else is to be done.
     """
 
-    def __init__(self, timeout: float | None, kept: Callable[[], str]):
+    def __init__(self, timeout: float | None = None, kept: Callable[[], str] = lambda: "start all again"):
         # Process 0 last: when it ends, JAX aborts the others before they have said why.
         last = 2.0 if jax.process_index() == 0 else 0.0
         self._timeout = None if jax.process_count() == 1 or timeout is None else timeout + last

@@ -17,6 +17,7 @@ from workshop import EXPERIMENTS, STEPS, Workshop, losses
 
 import mom_jax
 from mom_jax import load_pretrained, load_run
+from mom_jax.config import MeshConfig
 from mom_jax.reports import read_metrics
 from mom_jax.token_files import ByteTokenizer
 from mom_jax.weights import weights_of
@@ -153,6 +154,26 @@ def test_an_export_is_evaluated_as_its_run(workshop, tmp_path, capsys):
     other = evaluate.EvaluationData(path=prepared_with(workshop, tmp_path / "other", eos_id=0))
     with pytest.raises(ValueError, match="valid.json: eos_id = 0 is not allowed"):
         evaluate.load(evaluate.Evaluate(model=str(tmp_path / "orbax"), data=other))
+
+
+def test_a_mesh_gives_the_figures_of_one_device(workshop):
+    """Of a text that does not fill the last batch, devices of rows, memories and tokens."""
+    run = str(workshop.uninterrupted("windows"))
+
+    def figures(batch_size, **mesh):
+        data = evaluate.EvaluationData(batch_size=batch_size)
+        return evaluate.main(evaluate.Evaluate(run, data=data, mesh=MeshConfig(**mesh)))
+
+    expected, found = figures(2), figures(12, fsdp=2, memory=2, sequence=2)
+    assert found["tokens"] == expected["tokens"]
+    assert found["nats_per_token"] == pytest.approx(expected["nats_per_token"], rel=1e-6)
+    for batch_size, mesh, message in (
+        (2, {"data": 2, "fsdp": 2}, "data.batch_size = 2 is not allowed: .* a multiple of mesh.data [*] mesh.fsdp = 4"),
+        (2, {"sequence": 4}, "data.sequence_length = 70 is not allowed: it must be a multiple of mesh.sequence = 4"),
+        (2, {"memory": 3}, "MeshConfig.memory = 3 is not allowed: it must divide num_memories = 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            figures(batch_size, **mesh)
 
 
 def test_the_examples_of_the_readme_run(workshop, tmp_path, monkeypatch):
