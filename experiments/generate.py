@@ -9,7 +9,8 @@ Face layout with its tokenizer.json. Without --prompt, --prompt-file and --batch
 input; an empty prompt begins a new document, so the text is unprompted. A batch file has a prompt in each line, or, if its
 name ends in .jsonl, {"prompt": ...}; each line of the output is {"index", "prompt", "text", "ids", "ended"}, the index being
 the line's number from 0, in no certain order. The same command continues an output that was interrupted: what is in it is
-not generated again.
+not generated again. --mesh.* and --distributed.* are those of train_lm.py, for models that no device holds alone; of several
+processes the first alone reads the prompts and writes.
 """
 
 import hashlib
@@ -24,18 +25,21 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from cli import run
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import mom_jax
-from mom_jax.config import require
+from mom_jax.config import MeshConfig, require
 from mom_jax.config_io import to_dict
 from mom_jax.files import read_json, write_json
 from mom_jax.generation import generate, inference_model, new_text, prompt_ids
 from mom_jax.model import MoMLanguageModel
+from mom_jax.processes import DistributedConfig, Peers, console, is_first, join, on_first, require_same, row_share
 from mom_jax.sampling import Sampling
+from mom_jax.sharding import make_mesh, use_mesh
 from mom_jax.token_files import TOKENIZER_FILE, Tokenizer
 
-PLACES = ("batch_file", "output", "batch_size")
+PLACES = ("batch_file", "output", "batch_size", "mesh", "distributed")
 """Settings that may differ when an output is continued: the prompts themselves are compared."""
 
 
@@ -72,6 +76,8 @@ class Generate:
     stop_at_eos: bool = True
     """Whether the tokenizer's id that ends a document also ends a continuation."""
     sampling: Sampling = field(default_factory=Sampling)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
         prompts = [name for name in ("prompt", "prompt_file", "batch_file") if getattr(self, name)]
@@ -84,10 +90,10 @@ class Generate:
             require(getattr(self, name) > 0, name, getattr(self, name), "it must be a positive integer")
 
 
-def load(config: Generate) -> tuple[MoMLanguageModel, Tokenizer]:
-    """The model, ready for inference, and its tokenizer."""
+def load(config: Generate, mesh: Mesh | None = None) -> tuple[MoMLanguageModel, Tokenizer]:
+    """The model, ready for inference and split over the mesh, and its tokenizer."""
     overrides = {} if config.dtype is None else {"dtype": config.dtype}
-    model, tokenizer = mom_jax.load(config.model, best=config.best, **overrides)
+    model, tokenizer = mom_jax.load(config.model, best=config.best, mesh=mesh, **overrides)
     require(tokenizer is not None, "model", config.model, f"it must have a tokenizer, {TOKENIZER_FILE}")
     return inference_model(model), tokenizer
 
@@ -111,10 +117,11 @@ def printer(tokenizer: Tokenizer, prompt: str, write: Callable[[str], None], hea
 def stream(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
     prompts = list(config.prompt)
     if not prompts:
-        prompts = [read_text(config.prompt_file, "prompt_file").removesuffix("\n")]
+        prompts = [on_first(lambda: read_text(config.prompt_file, "prompt_file")).removesuffix("\n")]
 
     def write(text):
-        print(text, end="", flush=True)
+        if is_first():
+            print(text, end="", flush=True)
 
     for index, prompt in enumerate(prompts):
         # With the first tokens, so that a prompt that is refused is not printed.
@@ -177,17 +184,17 @@ def read_done(config: Generate, model: MoMLanguageModel, prompts: list[str]) -> 
 
 
 def run_batches(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer, settings: dict) -> None:
-    prompts = read_prompts(Path(config.batch_file))
+    prompts = on_first(lambda: read_prompts(Path(config.batch_file)))
     ids = [prompt_ids(model.config, text, f"prompt {i} of the file", tokenizer) for i, text in enumerate(prompts)]
-    done = read_done(config, model, prompts)
+    done = on_first(lambda: read_done(config, model, prompts))
     # The longest first: what does not fit is found at once.
     by_length = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
     # Batches are cut from the whole file: so an interrupted output is continued in the same ones.
     batches = [by_length[begin : begin + config.batch_size] for begin in range(0, len(prompts), config.batch_size)]
     tokens = 0
     with (
-        open(config.output, "a", encoding="utf-8") as file,
-        tqdm(total=len(prompts), initial=len(done), unit=" prompts") as bar,
+        open(config.output if is_first() else os.devnull, "a", encoding="utf-8") as file,
+        tqdm(total=len(prompts), initial=len(done), unit=" prompts", file=console()) as bar,
     ):
         for batch in batches:
             missing = [index for index in batch if index not in done]
@@ -209,14 +216,19 @@ def run_batches(config: Generate, model: MoMLanguageModel, tokenizer: Tokenizer,
 
 
 def main(config: Generate) -> None:
-    model, tokenizer = load(config)
+    join(config.distributed)
+    require_same(to_dict(config), but=("distributed", "model", "prompt_file", "batch_file", "output"))
+    mesh = make_mesh(config.mesh)
+    row_share(mesh)  # refuses a mesh without some of the processes
+    model, tokenizer = load(config, mesh)
     eos = (tokenizer.eos_id,) if config.stop_at_eos else ()
     settings = {
         "max_new_tokens": config.max_new_tokens, "max_length": config.max_length, "sampling": config.sampling,
         "stop_ids": (*config.stop, *eos),
     }  # fmt: skip
     work = stream if config.batch_file is None else run_batches
-    work(config, model, tokenizer, settings)
+    with use_mesh(mesh), Peers().raising():
+        work(config, model, tokenizer, settings)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from mom_jax.generation import generate
 from mom_jax.model import MoMLanguageModel, bind
 from mom_jax.processes import DistributedConfig, console, is_first, join, on_first, require_same, require_shared, row_share
 from mom_jax.reports import read_metrics
-from mom_jax.runs import keep_tokenizer, load_run
+from mom_jax.runs import keep_tokenizer
 from mom_jax.sampling import Sampling
-from mom_jax.sharding import make_mesh, use_mesh
+from mom_jax.sharding import make_mesh, require_shares, use_mesh
 from mom_jax.token_files import TokenFile, load_tokenizer
 
 
@@ -56,22 +56,10 @@ class TrainLM:
 
 def main(config: TrainLM) -> None:
     join(config.distributed)
-    # Where files lie may differ from host to host.
-    settings = {name: value for name, value in to_dict(config).items() if name not in ("distributed", "output")}
-    require_same(settings | {"data": settings["data"] | {"path": None}})
+    require_same(to_dict(config), but=("distributed", "output", "data.path"))
     mesh = make_mesh(config.mesh, config.model)
     share, shares = row_share(mesh)
-    shards = config.mesh.data * config.mesh.fsdp * config.train.accumulation
-    require(
-        config.data.batch_size % shards == 0,
-        "DataConfig.batch_size", config.data.batch_size,
-        f"it must be a multiple of mesh.data * mesh.fsdp * train.accumulation = {shards}",
-    )  # fmt: skip
-    require(
-        config.data.sequence_length % config.mesh.sequence == 0,
-        "DataConfig.sequence_length", config.data.sequence_length,
-        f"it must be a multiple of mesh.sequence = {config.mesh.sequence}",
-    )  # fmt: skip
+    require_shares(config.data, config.mesh, config.train.accumulation)
     splits = {split: TokenFile(Path(config.data.path) / f"{split}.tokens") for split in ("train", "valid")}
     for token_file in splits.values():
         token_file.verify()
@@ -102,15 +90,14 @@ def main(config: TrainLM) -> None:
     )  # fmt: skip
     if fitted.stopped_by is not None:  # whoever sent the signal is waiting
         sys.exit(128 + signal.Signals[fitted.stopped_by])
+    text = None
+    if config.sample_tokens > 0 and config.sample_prompts:
+        model = dataclasses.replace(config.model, remat="none")
+        with use_mesh(mesh):  # by all processes, with whom the parameters lie
+            text = sample_texts(config, bind(model, fitted.state["params"], fitted.state["variables"]))
     if not is_first():
         return
-    if config.sample_tokens > 0 and config.sample_prompts:
-        if jax.process_count() > 1:  # the state lies with all of them; one reads it back
-            text = sample_texts(config, load_run(output).model)
-        else:
-            model = dataclasses.replace(config.model, remat="none")
-            with use_mesh(mesh):
-                text = sample_texts(config, bind(model, fitted.state["params"], fitted.state["variables"]))
+    if text is not None:
         (output / "sample.txt").write_text(text, encoding="utf-8")
         print(text)
     held_out = [record for record in read_metrics(output) if record["split"] == "valid"][-1]

@@ -10,10 +10,11 @@ memory forgets when K outgrows its key width. Three arms, each with its own lear
     equal parameters   one memory of the same heads; the MLP is widened until the model has as many parameters
     equal state        one memory with (M + shared) times the heads: as many floats of recurrent state
 
-All seeds and learning rates of an arm train at once, in one compiled program. An arm that --output already holds, of the
-same settings, is not trained again, so an interrupted comparison is finished by the same command. The task is our own small
-tier: smaller than Zoology's protocol, and never to be set beside figures published for it. Prints, and writes into --output,
-the accuracy of every arm by number of pairs at its best learning rate: mean and spread over the seeds, and the best seed.
+All seeds and learning rates of an arm train at once, in one compiled program; --mesh.data N splits the seeds over N devices,
+of several processes too (--distributed.*, as in train_lm.py). An arm that --output already holds, of the same settings, is
+not trained again, so an interrupted comparison is finished by the same command. The task is our own small tier: smaller than
+Zoology's protocol, and never to be set beside figures published for it. Prints, and writes into --output, the accuracy of
+every arm by number of pairs at its best learning rate: mean and spread over the seeds, and the best seed.
 """
 
 import dataclasses
@@ -26,15 +27,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from cli import run
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from mom_jax.config import ModelConfig, TrainConfig, require
-from mom_jax.config_io import from_dict, save_config
+from mom_jax.config import MeshConfig, ModelConfig, TrainConfig, require
+from mom_jax.config_io import save_config, to_dict
 from mom_jax.data import MQARConfig, make_mqar_dataset
 from mom_jax.model import bind, init_params, model_structure
+from mom_jax.processes import DistributedConfig, Peers, console, is_first, join, on_first, require_same, row_share
+from mom_jax.sharding import make_mesh
 from mom_jax.training import loss_and_metrics, make_optimizer
 
 STEPS_PER_CALL = 20  # between two looks of the host at the loss
+PLACES = ("output", "mesh", "distributed")
+"""Settings that may differ when an interrupted comparison is finished."""
+WHOLE, SEEDS, MODELS = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")  # of [rates, seeds, ...]
 Rows = dict[str, jax.Array]
 
 
@@ -67,7 +74,10 @@ class TrainMQAR:
     test_rows: int = 256
     """Test rows for each number of pairs."""
     output: str = "runs/mqar"
-    """Directory of the results."""
+    """Directory of the results, one for all processes."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Of it only data: the devices over which the seeds are split."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
         for name in ("seeds", "batch_size", "train_rows", "test_rows"):
@@ -77,6 +87,9 @@ class TrainMQAR:
         )  # fmt: skip
         require(bool(self.pairs), "pairs", self.pairs, "at least one number")
         require(bool(self.learning_rates), "learning_rates", self.learning_rates, "at least one rate")
+        for name, size in vars(self.mesh).items():
+            require(name == "data" or size == 1, f"mesh.{name}", size, "only mesh.data: each model is on one device")
+        require(self.seeds % self.mesh.data == 0, "seeds", self.seeds, f"a multiple of mesh.data = {self.mesh.data}")
 
 
 def count_parameters(model: ModelConfig) -> int:
@@ -101,8 +114,8 @@ def make_arms(mom: ModelConfig) -> dict[str, ModelConfig]:
     }
 
 
-def make_rows(config: TrainMQAR, *, train: bool) -> Rows:
-    """Tokens and targets [numbers of pairs, rows, T], on the device; test rows are of another seed than training rows."""
+def make_rows(config: TrainMQAR, mesh: Mesh, *, train: bool) -> Rows:
+    """Tokens and targets [numbers of pairs, rows, T], on every device; test rows are of another seed than training rows."""
     rows = config.train_rows if train else config.test_rows
     tasks = [
         MQARConfig(
@@ -112,13 +125,16 @@ def make_rows(config: TrainMQAR, *, train: bool) -> Rows:
         for pairs in config.pairs
     ]  # fmt: skip
     batches = [next(iter(make_mqar_dataset(task, rows, train=train))) for task in tasks]
-    return {name: jnp.stack([batch[name] for batch in batches]) for name in ("tokens", "targets")}
+    rows = {name: np.stack([batch[name] for batch in batches]) for name in ("tokens", "targets")}
+    return {name: jax.make_array_from_process_local_data(NamedSharding(mesh, WHOLE), x) for name, x in rows.items()}
 
 
-def train_arm(config: TrainMQAR, model: ModelConfig, name: str, train_rows: Rows, test_rows: Rows) -> np.ndarray:
+def train_arm(
+    config: TrainMQAR, mesh: Mesh, model: ModelConfig, name: str, train_rows: Rows, test_rows: Rows
+) -> np.ndarray:
     """Trains every learning rate and seed at once; accuracies [learning rates, seeds, numbers of pairs].
 
-    Batches are drawn on the device: the host only counts.
+    Every device trains its seeds, without hearing of the others. Batches are drawn on the device: the host only counts.
     """
     # The schedule with a peak of 1; each model multiplies its updates by its own rate.
     optimizer = make_optimizer(dataclasses.replace(config.train, learning_rate=1.0))
@@ -145,18 +161,31 @@ def train_arm(config: TrainMQAR, model: ModelConfig, name: str, train_rows: Rows
         indices = first + jnp.arange(STEPS_PER_CALL)
         return jax.lax.scan(lambda state, index: step(state, rate, seed, index, rows), state, indices)
 
+    def over_devices(function, *specs, out_specs):
+        """``function`` by every device with its seeds."""
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+
     by_seed = jax.vmap(steps, in_axes=(0, None, 0, None, None))
-    run = jax.jit(jax.vmap(by_seed, in_axes=(0, 0, None, None, None)), donate_argnums=0)
+    by_rate = jax.vmap(by_seed, in_axes=(0, 0, None, None, None))
+    apart, whole = NamedSharding(mesh, MODELS), NamedSharding(mesh, WHOLE)
+    run = jax.jit(
+        over_devices(by_rate, MODELS, WHOLE, SEEDS, WHOLE, WHOLE, out_specs=(MODELS, MODELS)),
+        donate_argnums=0, out_shardings=(apart, whole),
+    )  # fmt: skip
 
     def test(state, batch):
         params, variables, _ = state
         return loss_and_metrics(bind(model, params, variables), batch, config.sequence_length)[1]["accuracy"]
 
-    accuracy = jax.jit(jax.vmap(jax.vmap(test, in_axes=(0, None)), in_axes=(0, None)))
+    test_all = jax.vmap(jax.vmap(test, in_axes=(0, None)), in_axes=(0, None))
+    accuracy = jax.jit(over_devices(test_all, MODELS, WHOLE, out_specs=MODELS), out_shardings=whole)
 
-    rates, seeds = jnp.array(config.learning_rates), jnp.arange(config.seeds)
-    state = jax.jit(jax.vmap(lambda _: jax.vmap(start)(seeds)))(rates)
-    with tqdm(total=config.train.steps, desc=f"{name:>16}", unit=" steps") as bar:
+    def start_all(rates, seeds):
+        return jax.vmap(lambda _: jax.vmap(start)(seeds))(rates)
+
+    rates, seeds = np.array(config.learning_rates, np.float32), np.arange(config.seeds, dtype=np.int32)
+    state = jax.jit(over_devices(start_all, WHOLE, SEEDS, out_specs=MODELS))(rates, seeds)
+    with tqdm(total=config.train.steps, desc=f"{name:>16}", unit=" steps", file=console()) as bar:
         for first in range(0, config.train.steps, STEPS_PER_CALL):
             state, losses = run(state, rates, seeds, first, train_rows)
             bar.set_postfix_str(f"best loss {np.nanmin(np.asarray(losses)[..., -len(config.pairs) :]):.3f}", refresh=False)
@@ -170,22 +199,29 @@ def earlier_results(config: TrainMQAR) -> dict:
     output = Path(config.output)
     if not (output / "results.json").exists():
         return {}
-    earlier = from_dict(TrainMQAR, json.loads((output / "config.json").read_text(encoding="utf-8")))
-    earlier = dataclasses.replace(earlier, output=config.output)
-    require(earlier == config, "output", config.output, "it holds results of other settings: choose another, or delete it")
+    earlier = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    differ = [name for name, x in to_dict(config).items() if name not in PLACES and earlier.get(name) != x]
+    allowed = f"it holds results of other settings ({', '.join(differ)}): choose another, or delete it"
+    require(not differ, "output", config.output, allowed)
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 
 def main(config: TrainMQAR) -> dict:
+    join(config.distributed)
+    require_same(to_dict(config), but=("distributed", "output"))
+    mesh = make_mesh(config.mesh)
+    row_share(mesh)  # refuses a mesh without some of the processes
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    results = earlier_results(config)
-    save_config(output / "config.json", config)
-    train_rows, test_rows = make_rows(config, train=True), make_rows(config, train=False)
+    results = on_first(lambda: earlier_results(config))
+    if is_first():
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(output / "config.json", config)
+    train_rows, test_rows = (make_rows(config, mesh, train=train) for train in (True, False))
     for name, model in make_arms(config.model).items():
         if name in results:
             continue
-        accuracy = train_arm(config, model, name, train_rows, test_rows)
+        with Peers().raising():
+            accuracy = train_arm(config, mesh, model, name, train_rows, test_rows)
         best = int(np.argmax(accuracy.mean(axis=(1, 2))))
         results[name] = {
             "parameters": count_parameters(model),
@@ -194,8 +230,10 @@ def main(config: TrainMQAR) -> dict:
             "accuracy": accuracy[best].tolist(),
             "accuracy_by_learning_rate": accuracy.mean(axis=(1, 2)).tolist(),
         }
-        (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(format_table(config, results))
+        if is_first():
+            (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if is_first():
+        print(format_table(config, results))
     return results
 
 

@@ -19,6 +19,7 @@ from mom_jax.config import ModelConfig, require
 from mom_jax.layers import cast_weights
 from mom_jax.model import ModelState, MoMLanguageModel, Params, bind, model_structure
 from mom_jax.sampling import PLAIN, Options, Sampling, next_token
+from mom_jax.sharding import constrain
 from mom_jax.token_files import Tokenizer
 
 PIECES = (2048, 1024, 512, 256, 128, 64)
@@ -79,6 +80,8 @@ def generate(
     tokenizer: Tokenizer | None = None,
 ) -> list[Continuation]:
     """Continues every prompt, all of them at once, until each has drawn a stop token or ``max_new_tokens``.
+
+    The processes of a mesh all make the same call, with the mesh in use, and all get the rows and hear ``callback``.
 
     Args:
       prompts: of any lengths: token ids, or text where there is a tokenizer. Text begins a document, with ``bos_id`` if the
@@ -222,7 +225,9 @@ def decode(config, params, decoding: Decoding, options: Options, seeds, is_stop,
         seen = None if d.seen is None else d.seen.at[jnp.arange(len(token)), token].set(True)
         return Decoding(out.state, out.hidden[:, 0], tokens, d.count + 1, is_done, seen)
 
-    return lax.while_loop(lambda d: (d.count < limit) & ~jnp.all(d.is_done), one, decoding)
+    d = lax.while_loop(lambda d: (d.count < limit) & ~jnp.all(d.is_done), one, decoding)
+    # Whole on every device, where each process can read them.
+    return d._replace(tokens=constrain(d.tokens, "BT"), is_done=constrain(d.is_done, "B"))
 
 
 def prompt_ids(config: ModelConfig, prompt: str | Ids, name: str, tokenizer: Tokenizer | None) -> np.ndarray:

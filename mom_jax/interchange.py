@@ -17,6 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from mom_jax.config import DTYPES, DataConfig, require
 from mom_jax.files import new_directory, write_json
 from mom_jax.hf import open_pretrained, prepare_tensors
@@ -59,20 +61,23 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def load(directory: str | os.PathLike, *, best: bool = False, **overrides: Any) -> Loaded:
+def load(directory: str | os.PathLike, *, best: bool = False, mesh: Mesh | None = None, **overrides: Any) -> Loaded:
     """The model and the tokenizer in a training run, an inference checkpoint or a Hugging Face directory.
 
     Args:
       best: of a run, the kept checkpoint with the lowest held-out loss instead of the newest whole one.
+      mesh: splits every array, so that no device ever holds more than its part; the model is then used inside of
+        ``use_mesh(mesh)``. Of several processes all make the same call. None: the model is on one device.
       overrides: fields of ModelConfig, such as ``dtype``.
 
     Raises:
       FileNotFoundError: the directory or a file in it is missing.
       ValueError: a file is damaged (of a run: in all checkpoints), a field or override is not allowed, ``best`` is given for
-        what is no run, or the tokenizer does not fit the model.
+        what is no run, or the tokenizer or the mesh does not fit the model.
     """
     source = open_source(directory, best=best, **DEFAULTS | overrides)
-    return Loaded(to_model(source.weights), _tokenizer(source))
+    tokenizer = _tokenizer(source)
+    return Loaded(to_model(source.weights, mesh), tokenizer)
 
 
 def open_source(directory: str | os.PathLike, *, best: bool = False, **overrides: Any) -> Source:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -37,7 +37,7 @@ SLOW = 600
 SEEN = 30
 """Seconds in which a shared file system shows what another process has written."""
 LONGEST_END = 1800
-"""Seconds that the others wait for process 0, which draws pictures and samples at the end of a run."""
+"""Seconds that the others wait for process 0, which draws pictures and writes at the end of a run."""
 
 
 class PeerLost(ConnectionError):
@@ -158,13 +158,18 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
     return value
 
 
-def require_same(settings: dict[str, Any]) -> None:
-    """Settings and tables of them with which all processes must have been started. Raises ``ValueError`` in all if not."""
+def require_same(settings: dict[str, Any], but: Sequence[str] = ()) -> None:
+    """Settings and tables of them with which all processes must have been started. Raises ``ValueError`` in all if not.
+
+    Args:
+      but: settings, such as "data.path", and whole tables that may differ: where files lie may from host to host.
+    """
     if jax.process_count() == 1:
         return
     own = {}
     for name, value in settings.items():
         own |= {f"{name}.{field}": x for field, x in value.items()} if isinstance(value, dict) else {name: value}
+    own = {name: x for name, x in own.items() if name not in but and name.split(".")[0] not in but}
     first = on_first(lambda: own)
     me = f"process {jax.process_index()}"
     found = [f"{me} has {name} = {x!r}, process 0 {first.get(name)!r}" for name, x in own.items() if x != first.get(name)]
@@ -258,10 +263,10 @@ class Peers:
 
     Args:
       timeout: ``DistributedConfig.peer_timeout``; None, or a single process: no limit.
-      kept: says which checkpoint a run can continue from.
+      kept: says which checkpoint a run can continue from, or what else is to be done.
     """
 
-    def __init__(self, timeout: float | None, kept: Callable[[], str]):
+    def __init__(self, timeout: float | None = None, kept: Callable[[], str] = lambda: "start all again"):
         # Process 0 last: when it ends, JAX aborts the others before they have said why.
         last = 2.0 if jax.process_index() == 0 else 0.0
         self._timeout = None if jax.process_count() == 1 or timeout is None else timeout + last

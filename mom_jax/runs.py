@@ -14,6 +14,7 @@ from mom_jax.config import DataConfig, ModelConfig
 from mom_jax.config_io import from_dict
 from mom_jax.inference_checkpoint import open_state
 from mom_jax.model import MoMLanguageModel
+from mom_jax.processes import on_first
 from mom_jax.token_files import TOKENIZER_FILE, Tokenizer, load_tokenizer, require_same_tokenizer
 from mom_jax.weights import Weights, to_model, with_config
 
@@ -60,13 +61,15 @@ def load_run(directory: str | os.PathLike, *, best: bool = False, **overrides: A
 def open_run(directory: Path, best: bool = False) -> tuple[Weights, int, DataConfig]:
     """The weights of a run's checkpoint, verified but not read into memory yet, its step, and what it was trained on.
 
+    Of several processes all make the same call, and read the checkpoint that the first has verified.
+
     ``best`` and errors as in ``load_run``.
     """
     checkpoints = directory / CHECKPOINTS
     if not checkpoints.is_dir():
         raise FileNotFoundError(f"{directory} is no training run: it has no {CHECKPOINTS}/")
     try:
-        step = find_step(checkpoints, best)
+        step = on_first(lambda: find_step(checkpoints, best))  # a run that goes on may save one meanwhile
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from None
     values = load_config(checkpoints, step)

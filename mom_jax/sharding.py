@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mom_jax.config import MeshConfig, ModelConfig, require
+from mom_jax.config import DataConfig, MeshConfig, ModelConfig, require
 from pallas_kernels.segments import SEGMENT_ALIGNMENT
 
 ROWS, WIDTHS = ("data", "fsdp"), ("tensor", "memory")
@@ -200,26 +200,32 @@ def make_mesh(
     Raises:
       ValueError: the sizes do not fit the devices or the model; the message proposes sizes that do.
     """
-    devices = jax.devices() if devices is None else devices
-    asked, there = dataclasses.asdict(config), len(devices)
-    meshes = (dict(zip(asked, sizes, strict=True)) for sizes in _factorizations(there, len(asked)))
-
-    def how_far(sizes):  # of equally near ones, that with more of data
-        distance = sum(abs(math.log(sizes[name] / size)) for name, size in asked.items())
-        return round(distance, 6), *(-size for size in sizes.values())
-
-    nearest = min((sizes for sizes in meshes if not _misfits(sizes, model)), key=how_far)
-    advice = " ".join(f"--mesh.{name} {size}" for name, size in nearest.items() if size > 1) or "--mesh.data 1"
-    for name, value, rule in _misfits(asked, model):
-        require(False, name, value, f"{rule}; devices here: {there}; try {advice}")
-    needed = math.prod(asked.values())
-    require(needed <= there, "the number of mesh devices", needed, f"there are {there} devices; try {advice}")
+    devices, sizes = jax.devices() if devices is None else devices, dataclasses.asdict(config)
+    require_fits(sizes, model, len(devices))
+    axis_types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(
-        tuple(asked.values()), tuple(asked), axis_types=(AxisType.Auto,) * len(asked), devices=devices[:needed]
+        tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices[: math.prod(sizes.values())]
     )  # fmt: skip
 
 
-def _misfits(sizes: dict[str, int], model: ModelConfig | None) -> list[tuple[str, int, str]]:
+def require_fits(sizes: Mapping[str, int], model: ModelConfig | None, there: int | None = None) -> None:
+    """Raises ``ValueError``, which proposes others, if a mesh of these sizes cannot split the model or the devices there."""
+    there = jax.device_count() if there is None else there
+    meshes = (dict(zip(sizes, factors, strict=True)) for factors in _factorizations(there, len(sizes)))
+
+    def how_far(mesh):  # of equally near ones, that with more of data
+        distance = sum(abs(math.log(mesh[name] / size)) for name, size in sizes.items())
+        return round(distance, 6), *(-size for size in mesh.values())
+
+    nearest = min((mesh for mesh in meshes if not _misfits(mesh, model)), key=how_far)
+    advice = " ".join(f"--mesh.{name} {size}" for name, size in nearest.items() if size > 1) or "--mesh.data 1"
+    for name, value, rule in _misfits(sizes, model):
+        require(False, name, value, f"{rule}; devices here: {there}; try {advice}")
+    needed = math.prod(sizes.values())
+    require(needed <= there, "the number of mesh devices", needed, f"there are {there} devices; try {advice}")
+
+
+def _misfits(sizes: Mapping[str, int], model: ModelConfig | None) -> list[tuple[str, int, str]]:
     """(field, value, rule) of every rule of the model that a mesh of these sizes breaks."""
     if model is None:
         return []
@@ -244,6 +250,17 @@ def _factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
     for factor in range(1, number + 1):
         if number % factor == 0:
             yield from ((factor, *rest) for rest in _factorizations(number // factor, count - 1))
+
+
+def require_shares(data: DataConfig, mesh: MeshConfig, accumulation: int = 1) -> None:
+    """Raises ``ValueError`` if the mesh cannot split the batches, in ``accumulation`` pieces, into equal parts."""
+    rows = mesh.data * mesh.fsdp * accumulation
+    product = "mesh.data * mesh.fsdp" + (" * train.accumulation" if accumulation > 1 else "")
+    for name, value, of, divisor in (
+        ("batch_size", data.batch_size, product, rows),
+        ("sequence_length", data.sequence_length, "mesh.sequence", mesh.sequence),
+    ):
+        require(value % divisor == 0, f"data.{name}", value, f"it must be a multiple of {of} = {divisor}")
 
 
 def use_mesh(mesh: Mesh | None):

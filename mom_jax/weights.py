@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 
 from mom_jax.config import ModelConfig
 from mom_jax.model import MoMLanguageModel, bind, model_structure, split_params
+from mom_jax.sharding import parameter_specs, require_fits, shardings, use_mesh
 
 Part = tuple[tuple[int, ...], jax.Array | np.ndarray]
 
@@ -56,10 +58,27 @@ def with_config(weights: Weights, source: Any, **overrides: Any) -> Weights:
     return weights._replace(config=config)
 
 
-def to_model(weights: Weights) -> MoMLanguageModel:
-    """The model with these weights, float32. Beside it only one piece at a time is in memory."""
-    tree = to_tree({name: _on_device(x.shape, weights.parts(name)) for name, x in weights.shapes.items()})
+def to_model(weights: Weights, mesh: Mesh | None = None) -> MoMLanguageModel:
+    """The model with these weights, float32. Beside it only one piece at a time is in memory.
+
+    Args:
+      mesh: every array is born split over it, no device ever having more than its part; it is read whole by every process,
+        one array at a time. Raises ``ValueError`` if the mesh does not fit the model.
+    """
+    if mesh is None or mesh.size == 1:
+        arrays = {name: _on_device(x.shape, weights.parts(name)) for name, x in weights.shapes.items()}
+    else:
+        require_fits(mesh.shape, weights.config)
+        with use_mesh(mesh):
+            places = by_name(shardings(mesh, parameter_specs(to_tree(weights.shapes))))
+        arrays = {name: _over_mesh(weights.read(name), place) for name, place in places.items()}
+    tree = to_tree(arrays)
     return bind(weights.config, tree["params"], tree.get("variables", {}))
+
+
+def _over_mesh(whole: np.ndarray | jax.Array, place: NamedSharding) -> jax.Array:
+    # Copies: on a CPU a view would keep the whole array in memory.
+    return jax.make_array_from_callback(whole.shape, place, lambda index: np.array(whole[index], np.float32))
 
 
 def _on_device(shape: tuple[int, ...], parts: Iterable[Part]) -> jax.Array:

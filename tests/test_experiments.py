@@ -17,6 +17,7 @@ from workshop import EXPERIMENTS, STEPS, Workshop, losses
 
 import mom_jax
 from mom_jax import load_pretrained, load_run
+from mom_jax.config import MeshConfig
 from mom_jax.reports import read_metrics
 from mom_jax.token_files import ByteTokenizer
 from mom_jax.weights import weights_of
@@ -155,6 +156,26 @@ def test_an_export_is_evaluated_as_its_run(workshop, tmp_path, capsys):
         evaluate.load(evaluate.Evaluate(model=str(tmp_path / "orbax"), data=other))
 
 
+def test_a_mesh_gives_the_figures_of_one_device(workshop):
+    """Of a text that does not fill the last batch, devices of rows, memories and tokens."""
+    run = str(workshop.uninterrupted("windows"))
+
+    def figures(batch_size, **mesh):
+        data = evaluate.EvaluationData(batch_size=batch_size)
+        return evaluate.main(evaluate.Evaluate(run, data=data, mesh=MeshConfig(**mesh)))
+
+    expected, found = figures(2), figures(12, fsdp=2, memory=2, sequence=2)
+    assert found["tokens"] == expected["tokens"]
+    assert found["nats_per_token"] == pytest.approx(expected["nats_per_token"], rel=1e-6)
+    for batch_size, mesh, message in (
+        (2, {"data": 2, "fsdp": 2}, "data.batch_size = 2 is not allowed: .* a multiple of mesh.data [*] mesh.fsdp = 4"),
+        (2, {"sequence": 4}, "data.sequence_length = 70 is not allowed: it must be a multiple of mesh.sequence = 4"),
+        (2, {"memory": 3}, "MeshConfig.memory = 3 is not allowed: it must divide num_memories = 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            figures(batch_size, **mesh)
+
+
 def test_the_examples_of_the_readme_run(workshop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -205,7 +226,8 @@ SCRIPTS = {
     "train_mqar.py": (
         lambda workshop, output: [
             *TINY, "--model.vocab-size", "32", "--train.steps", "20", "--train.warmup-steps", "2", "--sequence-length", "16",
-            "--pairs", "2", "4", "--train-rows", "8", "--batch-size", "4", "--test-rows", "4", "--output", str(output),
+            "--pairs", "2", "4", "--train-rows", "8", "--batch-size", "4", "--test-rows", "4", "--seeds", "2",
+            "--output", str(output),
         ],
         ["config.json", "results.json"],
     ),
@@ -317,16 +339,19 @@ def test_settings_that_would_do_nothing_are_refused(make, message):
 
 
 def test_an_interrupted_comparison_is_finished(workshop, tmp_path):
-    """An arm that the output already holds is not trained again; results of other settings are refused."""
+    """By two processes, with a seed each. An arm that the output already holds is not trained again; results of other
+    settings are refused."""
     path = shutil.copytree(workshop.outputs("train_mqar.py"), tmp_path / "mqar") / "results.json"
     command = workshop.command("train_mqar.py", *SCRIPTS["train_mqar.py"][0](workshop, path.parent))
     results = json.loads(path.read_text())
     marked = {name: results[name] | {"parameters": -1} for name in ("mom", "equal parameters")}
     path.write_text(json.dumps(marked))
-    workshop.run(command)
+    with workshop.team(2, [*command, "--mesh.data", "2"], tmp_path / "logs") as team:
+        assert team.wait() == [0, 0], team.log(0) + team.log(1)
+        assert "| equal state |" in team.log(0) and "|" not in team.log(1)
     assert json.loads(path.read_text()) == results | marked
-    stderr = workshop.run([*command, "--seeds", "2"], status=1).stderr
-    assert "it holds results of other settings" in stderr
+    stderr = workshop.run([*command, "--seeds", "3"], status=1).stderr
+    assert "it holds results of other settings (seeds)" in stderr
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *NEED_LIBTPU])

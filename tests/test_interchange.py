@@ -20,15 +20,16 @@ import mom_jax
 import mom_jax.inference_checkpoint
 import mom_jax.interchange
 from mom_jax.checkpoint import Checkpoints
-from mom_jax.config import AttentionConfig, DataConfig, ModelConfig
+from mom_jax.config import AttentionConfig, DataConfig, MeshConfig, ModelConfig
 from mom_jax.config_io import to_dict
 from mom_jax.files import CHECKSUMS
 from mom_jax.hf_config import from_official, to_official
 from mom_jax.interchange import open_source, to_hugging_face, to_inference_checkpoint
 from mom_jax.model import bind
 from mom_jax.runs import DEFAULTS
+from mom_jax.sharding import make_mesh, parameter_specs, shardings, use_mesh
 from mom_jax.token_files import ByteTokenizer, HuggingFaceTokenizer, TokenFileWriter
-from mom_jax.weights import weights_of
+from mom_jax.weights import by_name, to_tree, weights_of
 
 GATED_DELTANET = dict(
     model_type="gated_deltanet", hidden_size=24, num_hidden_layers=3, vocab_size=31, num_heads=3, head_dim=16, expand_v=2.0,
@@ -429,6 +430,21 @@ def test_no_more_than_the_largest_array_is_in_memory(source, write, exported, tm
 
     write(source._replace(weights=source.weights._replace(parts=parts)), tmp_path / "output")
     open_source(tmp_path / "output")
+
+
+@pytest.mark.parametrize("directory", ["run", "orbax", "hf"])
+def test_weights_are_born_split_over_a_mesh(directory, exported):
+    """To the bit, each device with its part only."""
+    mesh = make_mesh(MeshConfig(fsdp=2, memory=2))
+    model = mom_jax.load(exported[0] / directory, mesh=mesh).model
+    assert_equal(model, exported[1])
+    arrays = weights_of(model).shapes
+    with use_mesh(mesh):
+        assert {name: x.sharding for name, x in arrays.items()} == by_name(shardings(mesh, parameter_specs(to_tree(arrays))))
+    w_k = arrays["params.runs.run_0.mixer.rule.w_k"]
+    assert 4 * w_k.addressable_data(0).size == w_k.size
+    with pytest.raises(ValueError, match="MeshConfig.memory = 3 is not allowed: it must divide num_memories = 4"):
+        mom_jax.load(exported[0] / directory, mesh=make_mesh(MeshConfig(memory=3)))
 
 
 # The official code.

@@ -3,18 +3,24 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import evaluate
 import jax
+import numpy as np
 import pytest
 from workshop import STEPS, Workshop, assert_close_losses, last_step, saved_steps
 
+import mom_jax
 from mom_jax.checkpoint import Checkpoints
+from mom_jax.generation import generate
 from mom_jax.processes import MARGIN, DistributedConfig, PeerLost, Peers
+from mom_jax.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +263,40 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(workshop, tmp_pa
     assert saved_steps(output) == [int(step)] and last_step(output) == int(step) < STEPS
     workshop.run(workshop.train("windows", output, *flags))
     assert_close_losses(output, workshop.uninterrupted("windows"))
+
+
+# A trained model
+
+
+def test_two_processes_sample_evaluate_and_generate_as_one(workshop, tmp_path):
+    """At the end of a run and afterwards, the model's parameters split over both; the first alone prints and writes."""
+    run = shutil.copytree(workshop.uninterrupted("windows"), tmp_path / "run")
+    prompts, batch_file = ["ab", "", "cde"], tmp_path / "prompts.txt"
+    batch_file.write_text("\n".join(prompts) + "\n")
+    flags = ["--model", str(run), "--mesh.fsdp", "2", "--output"]
+    drawn = ["--sampling.temperature", "0.8", "--sampling.top-k", "40", "--no-stop-at-eos", "--max-new-tokens", "5"]
+    commands = {
+        "held out: loss": workshop.train(
+            "windows", run, "--mesh.fsdp", "2", "--sample-tokens", "5", "--sample-prompts", *prompts
+        ),
+        "bits per byte": workshop.command("evaluate.py", *flags, str(tmp_path / "figures.json")),
+        "3/3": workshop.command(
+            "generate.py", *flags, str(tmp_path / "continued.jsonl"), *drawn, "--batch-file", str(batch_file),
+            "--batch-size", "3",
+        ),
+    }  # fmt: skip
+    for number, (said, command) in enumerate(commands.items()):
+        with workshop.team(2, command, tmp_path / str(number)) as team:
+            assert team.wait() == [0, 0], team.log(0) + team.log(1)
+            assert said in team.log(0) and said not in team.log(1)
+
+    model, tokenizer = mom_jax.load(run)
+    rows = generate(model, prompts, max_new_tokens=5, sampling=Sampling(0.8, top_k=40), tokenizer=tokenizer)
+    _, *texts, _ = (run / "sample.txt").read_text().split("-" * 80)
+    assert texts == [f"\n{prompt}{row.text}\n" for prompt, row in zip(prompts, rows, strict=True)]
+    records = [json.loads(line) for line in (tmp_path / "continued.jsonl").read_text().splitlines()]
+    assert {record["index"]: record["ids"] for record in records} == dict(enumerate(row.ids for row in rows))
+    expected, found = evaluate.main(evaluate.Evaluate(str(run))), json.loads((tmp_path / "figures.json").read_text())
+    assert found["tokens"] == expected["tokens"]
+    perplexities = [[group["perplexity"] for group in figures["by_position"]] for figures in (found, expected)]
+    np.testing.assert_allclose(*perplexities, rtol=1e-5)

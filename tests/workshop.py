@@ -119,10 +119,11 @@ class Workshop:
 
     def start_team(self, count: int, name: str, output: Path, *flags: str, devices: int = 1) -> Team:
         """``count`` processes of ``devices`` devices each that train by the file ``name``.json."""
-        logs = output.with_name(f"{output.name}_logs")
+        return self.team(count, self.train(name, output, *flags), output.with_name(f"{output.name}_logs"), devices)
+
+    def team(self, count: int, command: list[str], logs: Path, devices: int = 1) -> Team:
         logs.mkdir(parents=True, exist_ok=True)
-        environment = self.environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
-        return Team(self.train(name, output, *flags), count, environment, logs)
+        return Team(command, count, self.environment | {"JAX_NUM_CPU_DEVICES": str(devices)}, logs)
 
     def run_undisturbed(self, name: str) -> Path:
         output = self.directory / f"{name}_undisturbed"
