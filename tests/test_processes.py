@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,10 +12,10 @@ import time
 
 import jax
 import pytest
-from workshop import STEPS, Workshop, assert_close_losses, last_step, saved_steps
+from workshop import STEPS, Team, Workshop, assert_close_losses, last_step, saved_steps
 
 from mom_jax.checkpoint import Checkpoints
-from mom_jax.processes import MARGIN, DistributedConfig, PeerLost, Peers
+from mom_jax.processes import MARGIN, DistributedConfig, PeerLost, raising
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +183,10 @@ def test_a_coordinator_that_cannot_listen_is_named(workshop, tmp_path):
 
 def test_a_failed_collective_is_a_lost_peer_and_its_save_is_not_waited_for(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    peers = Peers(None, lambda: "the checkpoint of step 3 is kept")
     with pytest.raises(PeerLost, match=r"^process 0 of 2: working with .* failed: Connection closed; .*; the checkpoint"):
-        with peers.raising():
+        with raising(lambda: "the checkpoint of step 3 is kept"):
             raise jax.errors.JaxRuntimeError("Connection closed\nby peer")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), peers.raising():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), raising():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     monkeypatch.undo()
 
@@ -209,22 +209,42 @@ def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path, port):
 # Training
 
 
-WAITING = """
-import threading
-import jax
-jax.process_count = lambda: 2
-from mom_jax.processes import Peers
-peers = Peers(0.1, lambda: "the checkpoint of step 3 is kept")
-peers.await_result(threading.Event().wait, "step", 7, slow=False)
+STUCK = """if True:
+    import runpy, sys, threading
+    from pathlib import Path
+    from mom_jax import checkpoint, processes, token_files
+
+    (where, experiment), sys.argv = sys.argv[1:3], sys.argv[2:]
+    processes.SLOW = 1
+    never = lambda *_: threading.Event().wait()
+    match where, sys.argv[-1]:
+        case "verify", "1":
+            token_files.TokenFile.verify = never
+        case "restore", "0":
+            checkpoint._newest_whole = never
+    sys.path[0] = str(Path(experiment).parent)
+    runpy.run_path(experiment, run_name="__main__")
 """
+"""train_lm.py, one process of which stands still somewhere, though it is alive."""
 
 
-def test_a_step_that_does_not_end_is_given_up_with_a_message():
-    result = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.strip() == (
-        "process 0 of 2: step 7 has not ended within 2.1 s: another process has died, or is late; see its log; "
-        "the checkpoint of step 3 is kept"
-    )
+@pytest.mark.parametrize(
+    ("where", "who", "what"),
+    [
+        ("verify", 1, "the start has not ended within 9 s"),
+        ("restore", 0, "restoring the checkpoint has not ended within 7 s"),
+    ],
+)
+def test_a_process_that_waits_for_one_that_is_stuck_ends_with_a_message(workshop, tmp_path, where, who, what):
+    output = shutil.copytree(workshop.uninterrupted("windows"), tmp_path / "run")
+    command = workshop.train("windows", output, "--mesh.data", "2", "--distributed.peer-timeout", "6")
+    command[1:1] = ["-c", STUCK, where]
+    with Team(command, 2, workshop.environment, tmp_path) as team:
+        assert team.processes[1 - who].wait(timeout=100) == 1
+        log = team.log(1 - who)
+    late = f"process {1 - who} of 2: {what}: another process has died, or is late (--distributed.peer-timeout); see its log"
+    kept = "" if where == "verify" else "; the checkpoint of step 18 is kept; the same command continues from there"
+    assert f"{late}{kept}\n" in log
 
 
 def test_two_processes_train_as_one_and_one_goes_on_when_a_peer_is_killed(workshop, tmp_path):
