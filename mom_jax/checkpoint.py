@@ -5,8 +5,9 @@
     DIRECTORY/STEP/run/metadata     JSON: the resolved config and the held-out loss
     DIRECTORY/STEP/checksums.json   SHA-256 of every file in these folders
 
-Orbax writes into STEP.orbax-checkpoint-tmp and renames it when all is there, the checksums last, so a killed save never
-looks like a checkpoint. The checksums are ours: TensorStore returns arrays with flipped bits without a word.
+Orbax writes into STEP.orbax-checkpoint-tmp and renames it when all is there, the checksums last, and we have seen to it that
+it is on disk, so a save that was killed, or lost its power, never looks like a checkpoint. The checksums are ours:
+TensorStore returns arrays with flipped bits without a word.
 Several processes share one directory, on a local or mounted file system: each writes its part of the arrays, the first
 the rest. It alone judges what is whole, and all go by that; any other number of processes may restore.
 """
@@ -27,7 +28,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mom_jax.config import require
-from mom_jax.files import CHECKSUMS, checksums_of
+from mom_jax.files import CHECKSUMS, checksums_of, fsync_all
 from mom_jax.processes import PeerLost, on_first, waiting
 from mom_jax.weights import by_name
 
@@ -173,6 +174,7 @@ class Checkpoints(AbstractContextManager):
         """Orbax calls this on process 0 when all processes have written their files, just before the rename."""
         (path,) = self.directory.glob(f"{self._saving}{TEMPORARY}*")
         (path / CHECKSUMS).write_text(json.dumps(checksums_of(path, ITEM_FILES), indent=1))
+        fsync_all(path)
 
     def _set_aside(self, damaged: Iterable[Path]) -> None:
         if jax.process_index() == 0:

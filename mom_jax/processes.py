@@ -97,8 +97,12 @@ def join(config: DistributedConfig) -> None:
     if not config.auto and config.coordinator is None:
         return
     which = "" if config.auto else f" {config.process_id} of {config.num_processes} at {config.coordinator}"
-    together = f"not all processes came together within {config.join_timeout} s"
-    late = f"process{which}: {together}; see the logs of the others, and whether each id was started once"
+
+    def late():
+        found = "" if config.auto else _unknown(config.coordinator)
+        together = f"not all processes came together within {config.join_timeout} s{found}"
+        return f"process{which}: {together}; see the logs of the others, and whether each id was started once"
+
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself; see stopping.py
     if config.process_id == 0:
         _require_free(config.coordinator)
@@ -127,6 +131,16 @@ def _require_free(coordinator: str) -> None:
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     except OSError as error:
         raise OSError(f"process 0 cannot listen at {coordinator}: {error.strerror}") from error
+
+
+def _unknown(coordinator: str) -> str:
+    """That its host is not found, if so: said only when time is up, since Kubernetes makes names known late."""
+    host = coordinator.rpartition(":")[0]
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except OSError as error:
+        return f": the host {host} is not found ({error.strerror})"
+    return ""
 
 
 def is_first() -> bool:

@@ -199,11 +199,14 @@ def test_a_failed_collective_is_a_lost_peer_and_its_save_is_not_waited_for(monke
     checkpoints.close()
 
 
-def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path, port):
-    flags = ["--distributed.num-processes", "2", "--distributed.process-id", "0", "--distributed.join-timeout", "1"]
-    command = workshop.train("windows", tmp_path / "run", "--distributed.coordinator", f"localhost:{port}", *flags)
+@pytest.mark.parametrize(
+    ("host", "index", "why"), [("localhost", 0, "; see"), ("no.invalid", 1, ": the host no.invalid is not found")]
+)
+def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path, port, host, index, why):
+    flags = ["--distributed.num-processes", "2", "--distributed.process-id", str(index), "--distributed.join-timeout", "1"]
+    command = workshop.train("windows", tmp_path / "run", "--distributed.coordinator", f"{host}:{port}", *flags)
     stderr = workshop.run(command, status=1).stderr
-    assert f"process 0 of 2 at localhost:{port}: not all processes came together within 1 s" in stderr
+    assert f"process {index} of 2 at {host}:{port}: not all processes came together within 1 s{why}" in stderr
 
 
 # Training
