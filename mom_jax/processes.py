@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import pickle
+import re
 import secrets
 import socket
 import sys
@@ -306,8 +307,10 @@ def raising(kept: Callable[[], str] | None = None) -> Iterator[None]:
     """Turns the failure of a collective into ``PeerLost``."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # One that fails as it is started is a ValueError to jaxlib; its messages begin with a status, such as UNKNOWN.
+        is_ours = isinstance(error, ValueError) and not re.match("[A-Z_]+: ", str(error))
+        if is_ours or jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise PeerLost(_lost(f"working with the others failed: {_first_line(error)}; see their logs", kept)) from error
 

@@ -186,6 +186,8 @@ def test_a_failed_collective_is_a_lost_peer_and_its_save_is_not_waited_for(monke
     with pytest.raises(PeerLost, match=r"^process 0 of 2: working with .* failed: Connection closed; .*; the checkpoint"):
         with raising(lambda: "the checkpoint of step 3 is kept"):
             raise jax.errors.JaxRuntimeError("Connection closed\nby peer")
+    with pytest.raises(ValueError, match="^mesh.data = 3"), raising():
+        raise ValueError("mesh.data = 3 is not allowed")
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), raising():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     monkeypatch.undo()
@@ -213,41 +215,42 @@ def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path, port, host, 
 
 
 STUCK = """if True:
-    import runpy, sys, threading
+    import os, runpy, sys, threading
     from pathlib import Path
     from mom_jax import checkpoint, processes, token_files
 
     (where, experiment), sys.argv = sys.argv[1:3], sys.argv[2:]
-    processes.SLOW = 1
-    never = lambda *_: threading.Event().wait()
+    processes.SLOW = 4
     match where, sys.argv[-1]:
-        case "verify", "1":
-            token_files.TokenFile.verify = never
-        case "restore", "0":
-            checkpoint._newest_whole = never
+        case "in the start", "1":
+            token_files.TokenFile.verify = lambda _: threading.Event().wait()
+        case "in the restoring", "0":
+            checkpoint._newest_whole = lambda *_: threading.Event().wait()
+        case "dead", "1":
+            token_files.TokenFile.verify = lambda _: os._exit(1)
     sys.path[0] = str(Path(experiment).parent)
     runpy.run_path(experiment, run_name="__main__")
 """
-"""train_lm.py, one process of which stands still somewhere, though it is alive."""
+"""train_lm.py, one process of which stands still somewhere, though it is alive, or dies."""
+LATE = "another process has died, or is late (--distributed.peer-timeout); see its log"
+KEPT = "the checkpoint of step 18 is kept; the same command continues from there"
 
 
 @pytest.mark.parametrize(
-    ("where", "who", "what"),
+    ("where", "who", "message"),
     [
-        ("verify", 1, "the start has not ended within 9 s"),
-        ("restore", 0, "restoring the checkpoint has not ended within 7 s"),
+        ("in the start", 1, f"the start has not ended within 12 s: {LATE}\n"),
+        ("in the restoring", 0, f"restoring the checkpoint has not ended within 10 s: {LATE}; {KEPT}\n"),
+        ("dead", 1, "working with the others failed: "),
     ],
 )
-def test_a_process_that_waits_for_one_that_is_stuck_ends_with_a_message(workshop, tmp_path, where, who, what):
+def test_who_waits_for_a_process_that_is_stuck_or_dead_ends_with_a_message(workshop, tmp_path, where, who, message):
     output = shutil.copytree(workshop.uninterrupted("windows"), tmp_path / "run")
     command = workshop.train("windows", output, "--mesh.data", "2", "--distributed.peer-timeout", "6")
     command[1:1] = ["-c", STUCK, where]
     with Team(command, 2, workshop.environment, tmp_path) as team:
         assert team.processes[1 - who].wait(timeout=100) == 1
-        log = team.log(1 - who)
-    late = f"process {1 - who} of 2: {what}: another process has died, or is late (--distributed.peer-timeout); see its log"
-    kept = "" if where == "verify" else "; the checkpoint of step 18 is kept; the same command continues from there"
-    assert f"{late}{kept}\n" in log
+        assert f"process {1 - who} of 2: {message}" in team.log(1 - who)
 
 
 def test_two_processes_train_as_one_and_one_goes_on_when_a_peer_is_killed(workshop, tmp_path):
