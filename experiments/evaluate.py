@@ -32,7 +32,7 @@ from mom_jax.config_io import to_dict
 from mom_jax.data import make_dataset
 from mom_jax.interchange import open_source
 from mom_jax.model import MoMLanguageModel, bind, split_params
-from mom_jax.processes import DistributedConfig, Peers, console, is_first, join, require_same, row_share
+from mom_jax.processes import DistributedConfig, console, is_first, join, raising, require_same, row_share
 from mom_jax.runs import DEFAULTS, DESCRIPTION
 from mom_jax.sharding import ROWS, constrain, make_mesh, require_shares, use_mesh
 from mom_jax.token_files import TokenFile, require_same_tokenizer
@@ -128,7 +128,7 @@ def main(config: Evaluate) -> dict:
     params, variables = split_params(model)
     nats, counts = np.zeros(length), np.zeros(length)
     batches = make_dataset(token_file, data, train=False, process_index=share, process_count=shares)
-    with use_mesh(mesh), Peers().raising():
+    with use_mesh(mesh), raising(lambda: "start all again"):
         for batch in tqdm(batches, unit=" batches", file=console()):
             more_nats, more_counts = losses(model.config, params, variables, place(batch, mesh))
             nats += np.asarray(more_nats, np.float64)

@@ -34,7 +34,7 @@ from mom_jax.config_io import to_dict
 from mom_jax.files import read_json, write_json
 from mom_jax.generation import generate, inference_model, new_text, prompt_ids
 from mom_jax.model import MoMLanguageModel
-from mom_jax.processes import DistributedConfig, Peers, console, is_first, join, on_first, require_same, row_share
+from mom_jax.processes import DistributedConfig, console, is_first, join, on_first, raising, require_same, row_share
 from mom_jax.sampling import Sampling
 from mom_jax.sharding import make_mesh, use_mesh
 from mom_jax.token_files import TOKENIZER_FILE, Tokenizer
@@ -227,7 +227,7 @@ def main(config: Generate) -> None:
         "stop_ids": (*config.stop, *eos),
     }  # fmt: skip
     work = stream if config.batch_file is None else run_batches
-    with use_mesh(mesh), Peers().raising():
+    with use_mesh(mesh), raising(lambda: "start all again"):
         work(config, model, tokenizer, settings)
 
 

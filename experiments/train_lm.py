@@ -86,7 +86,6 @@ def main(config: TrainLM) -> None:
     fitted = fit(
         output, config.model, config.train, mesh, datasets["train"], lambda: datasets["valid"],
         run_config=run_config, tokens_per_byte=tokens_per_byte, tensorboard=config.tensorboard,
-        peer_timeout=config.distributed.peer_timeout,
     )  # fmt: skip
     if fitted.stopped_by is not None:  # whoever sent the signal is waiting
         sys.exit(128 + signal.Signals[fitted.stopped_by])

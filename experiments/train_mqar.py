@@ -34,7 +34,7 @@ from mom_jax.config import MeshConfig, ModelConfig, TrainConfig, require
 from mom_jax.config_io import save_config, to_dict
 from mom_jax.data import MQARConfig, make_mqar_dataset
 from mom_jax.model import bind, init_params, model_structure
-from mom_jax.processes import DistributedConfig, Peers, console, is_first, join, on_first, require_same, row_share
+from mom_jax.processes import DistributedConfig, console, is_first, join, on_first, raising, require_same, row_share
 from mom_jax.sharding import make_mesh
 from mom_jax.training import loss_and_metrics, make_optimizer
 
@@ -220,7 +220,7 @@ def main(config: TrainMQAR) -> dict:
     for name, model in make_arms(config.model).items():
         if name in results:
             continue
-        with Peers().raising():
+        with raising(lambda: "start all again"):
             accuracy = train_arm(config, mesh, model, name, train_rows, test_rows)
         best = int(np.argmax(accuracy.mean(axis=(1, 2))))
         results[name] = {

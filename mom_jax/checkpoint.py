@@ -5,8 +5,9 @@
     DIRECTORY/STEP/run/metadata     JSON: the resolved config and the held-out loss
     DIRECTORY/STEP/checksums.json   SHA-256 of every file in these folders
 
-Orbax writes into STEP.orbax-checkpoint-tmp and renames it when all is there, the checksums last, so a killed save never
-looks like a checkpoint. The checksums are ours: TensorStore returns arrays with flipped bits without a word.
+Orbax writes into STEP.orbax-checkpoint-tmp and renames it when all is there, the checksums last, and we have seen to it that
+it is on disk, so a save that was killed, or lost its power, never looks like a checkpoint. The checksums are ours:
+TensorStore returns arrays with flipped bits without a word.
 Several processes share one directory, on a local or mounted file system: each writes its part of the arrays, the first
 the rest. It alone judges what is whole, and all go by that; any other number of processes may restore.
 """
@@ -27,8 +28,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from mom_jax.config import require
-from mom_jax.files import CHECKSUMS, checksums_of
-from mom_jax.processes import PeerLost, on_first
+from mom_jax.files import CHECKSUMS, checksums_of, fsync_all
+from mom_jax.processes import PeerLost, on_first, waiting
 from mom_jax.weights import by_name
 
 ITEM_FILES = "*/*"  # of any depth, as fnmatch reads it; not those at the top, where Orbax writes on after the checksums
@@ -55,19 +56,18 @@ class Checkpoints(AbstractContextManager):
         self.directory.mkdir(parents=True, exist_ok=True)
         if not os.access(self.directory, os.W_OK):
             raise PermissionError(f"the checkpoint directory {self.directory} cannot be written")
-        self._policy = _NewestAndBest(keep_last, keep_best, on_first(self._survey))
-        self._saving = None
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                cleanup_tmp_directories=True,
-                lightweight_initialize=True,
-                async_options=ocp.options.AsyncOptions(
-                    LONGEST_SAVE, post_finalization_callback=self._write_checksums, create_directories_asynchronously=False
-                ),
+        self._policy, self._saving = _NewestAndBest(keep_last, keep_best), None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,
+            async_options=ocp.options.AsyncOptions(
+                LONGEST_SAVE, post_finalization_callback=self._write_checksums, create_directories_asynchronously=False
             ),
         )
+        with waiting("opening the checkpoints", self.kept):
+            self._policy.losses |= on_first(self._survey)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _survey(self) -> dict[int, float | None]:
         """The held-out losses of the checkpoints that are there; warns of the remains of others."""
@@ -98,7 +98,8 @@ class Checkpoints(AbstractContextManager):
             items[DATA_ITERATOR] = ocp.args.JsonSave(data_iterator.get_state())
         self._policy.losses[step] = held_out_loss
         self._saving = step
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._waiting_for_save():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(
         self,
@@ -122,22 +123,24 @@ class Checkpoints(AbstractContextManager):
             RuntimeError: there are checkpoints, but all of them are damaged.
         """
         self.wait()
-        if on_first(lambda: step is None and not _steps(self.directory)):
-            return None
-        path, damaged = on_first(lambda: _newest_whole(self.directory, step))
-        if config is not None:
-            saved = _read_run(path)["config"]
-            remedy = "\nchoose another --output, or delete this run"
-            _refuse_differences(f"the config of {path} differs", _fields(saved), _fields(config), ignore, remedy)
-        _refuse_differences(f"the state in {path} differs", _types(_stored(path)), _types(abstract_state))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        restored = self._manager.restore(int(path.name), args=args)
-        if data_iterator is not None:
-            # Orbax's name, or Grain's own in checkpoints of before there were several processes.
-            (file,) = (file for file in (path / DATA_ITERATOR).iterdir() if file.name in ("metadata", "process_0-of-1.json"))
-            data_iterator.set_state(json.loads(file.read_text()))
-        self._set_aside(damaged)
-        return int(path.name), restored["state"]
+        with waiting("restoring the checkpoint", self.kept):
+            if on_first(lambda: step is None and not _steps(self.directory)):
+                return None
+            path, damaged = on_first(lambda: _newest_whole(self.directory, step))
+            if config is not None:
+                saved = _read_run(path)["config"]
+                remedy = "\nchoose another --output, or delete this run"
+                _refuse_differences(f"the config of {path} differs", _fields(saved), _fields(config), ignore, remedy)
+            _refuse_differences(f"the state in {path} differs", _types(_stored(path)), _types(abstract_state))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+            restored = self._manager.restore(int(path.name), args=args)
+            if data_iterator is not None:
+                # Orbax's name, or Grain's own in checkpoints of before there were several processes.
+                names = ("metadata", "process_0-of-1.json")
+                (file,) = (file for file in (path / DATA_ITERATOR).iterdir() if file.name in names)
+                data_iterator.set_state(json.loads(file.read_text()))
+            self._set_aside(damaged)
+            return int(path.name), restored["state"]
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, damaged or being saved though it may be; None if there is none."""
@@ -152,11 +155,16 @@ class Checkpoints(AbstractContextManager):
 
     def wait(self) -> None:
         """Wait until the last save is on disk; raise what went wrong in it."""
-        self._manager.wait_until_finished()
+        with self._waiting_for_save():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait as ``wait`` does and end the background threads."""
-        self._manager.close()
+        with self._waiting_for_save():
+            self._manager.close()
+
+    def _waiting_for_save(self) -> AbstractContextManager:
+        return waiting(f"the save of step {self._saving}", self.kept)
 
     def __exit__(self, kind: type | None, *_) -> None:
         if kind is not PeerLost:
@@ -166,6 +174,7 @@ class Checkpoints(AbstractContextManager):
         """Orbax calls this on process 0 when all processes have written their files, just before the rename."""
         (path,) = self.directory.glob(f"{self._saving}{TEMPORARY}*")
         (path / CHECKSUMS).write_text(json.dumps(checksums_of(path, ITEM_FILES), indent=1))
+        fsync_all(path)
 
     def _set_aside(self, damaged: Iterable[Path]) -> None:
         if jax.process_index() == 0:

@@ -66,8 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for written in (*partial.rglob("*"), partial):
-            fsync(written)
+        fsync_all(partial)
         former = path.with_name(f".{path.name}.former-{os.getpid()}")
         if path.exists():
             path.rename(former)
@@ -98,6 +97,12 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_all(directory: Path) -> None:
+    """Wait until a directory and all that is in it are on disk."""
+    for path in (*directory.rglob("*"), directory):
+        fsync(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

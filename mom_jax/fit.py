@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mom_jax.checkpoint import Checkpoints
 from mom_jax.config import ModelConfig, TrainConfig
-from mom_jax.processes import Peers, console, is_first
+from mom_jax.processes import Peers, console, is_first, raising
 from mom_jax.reports import ProgressBar, RunLog, plot_loss_curves, plot_routing
 from mom_jax.sharding import use_mesh
 from mom_jax.stopping import StopSignal, Vote
@@ -63,7 +63,6 @@ def fit(
     run_config: dict[str, Any],
     tokens_per_byte: dict[str, float] | None = None,
     tensorboard: bool = True,
-    peer_timeout: float | None = None,
 ) -> Fitted:
     """Trains, evaluates, saves and reports; continues exactly where the newest whole checkpoint in ``directory`` stands.
 
@@ -77,7 +76,6 @@ def fit(
       valid_data: gives the held-out batches afresh at each call.
       run_config: the resolved configuration of the command, saved with every checkpoint.
       tokens_per_byte: of the text of "train" and of "valid", for bits per byte; None: leave them out.
-      peer_timeout: seconds that a step may keep this process waiting for others, after which it ends; None: for ever.
 
     Raises:
       ValueError: the checkpoint is of another configuration. FloatingPointError: a loss, a gradient or the parameters
@@ -88,8 +86,8 @@ def fit(
     with use_mesh(mesh), Checkpoints(
         directory / "checkpoints", keep_last=train.keep_last, keep_best=train.keep_best
     ) as checkpoints:  # fmt: skip
-        peers = Peers(peer_timeout, checkpoints.kept)
-        with peers.raising():
+        peers = Peers(checkpoints.kept)
+        with raising(checkpoints.kept):
             wanted = abstract_state(model, train, mesh)
             restored = checkpoints.restore(wanted, config=run_config, data_iterator=batches, ignore=FREE_SETTINGS)
             done, state = restored or (0, make_state(model, train, mesh))
@@ -145,7 +143,8 @@ class _Loop:
                 pending = step, metrics
                 # Read once: a signal that comes during the evaluation or the save below ends the next step, or the one after
                 # that if others must hear of it. At the last step there is nothing to cut short.
-                stopped_by = vote.outcome(cast_before) if step < last else None
+                outcome = functools.partial(vote.outcome, cast_before)
+                stopped_by = self.peers.start(outcome, "the vote after step", step - 1) if step < last else None
                 is_last = step == last or stopped_by is not None
                 valid_loss = None
                 if is_last or step % train.eval_every == 0 or step % train.checkpoint_every == 0:
@@ -155,13 +154,14 @@ class _Loop:
                     valid_loss = self.evaluate(step, state)
                     bar.update(step, valid_loss=valid_loss)
                 if is_last or step % train.checkpoint_every == 0:
-                    self.await_save(saved)
-                    self.save(step, state, valid_loss)
+                    self.checkpoints.save(
+                        step, state, config=self.run_config, data_iterator=self.batches, held_out_loss=valid_loss
+                    )
                     saved = step
                 if pending is None:
                     bar.restart_clock()
                 if is_last:
-                    self.await_save(saved)
+                    self.checkpoints.wait()
                 if stopped_by is not None:
                     bar.write(f"{stopped_by}: saved step {step}; the same command continues from there")
                     break
@@ -210,15 +210,3 @@ class _Loop:
         self.load = result.pop("load")
         self.record(step, "valid", **result, **self.bits("valid", result["loss"]), load=self.load)
         return result["loss"]
-
-    def await_save(self, step: int) -> None:
-        self.peers.await_result(self.checkpoints.wait, "the save of step", step, slow=True)
-
-    def save(self, step: int, state: State, held_out_loss: float | None) -> None:
-        begin = functools.partial(
-            self.checkpoints.save, step, state, config=self.run_config, data_iterator=self.batches,
-            held_out_loss=held_out_loss,
-        )  # fmt: skip
-        self.peers.await_result(begin, "the save of step", step, slow=True)
-
-

@@ -2,15 +2,16 @@
 
 ``jax.distributed`` brings them together, XLA's collectives carry the numbers, Orbax the checkpoints. Here is what is left:
 which process reads which rows, what only one of them does, and that none waits for ever for another. A process that dies
-takes all with it: those that wait in a step end after ``peer_timeout`` with a message of ours; where process 0 died, or
-nobody waits in a step, JAX itself ends them (SIGABRT, "the JAX distributed service detected fatal errors"). The same
-commands, on as many processes as there are then, continue from the last checkpoint.
+takes all with it, and so does one that is stuck: those that wait for it (:func:`waiting`) end after ``peer_timeout`` with a
+message of ours; where process 0 died, or nobody waits, JAX itself ends them (SIGABRT, "the JAX distributed service detected
+fatal errors"). The same commands, on as many processes as there are then, continue from the last checkpoint.
 """
 
 import contextlib
 import functools
 import os
 import pickle
+import re
 import secrets
 import socket
 import sys
@@ -33,7 +34,7 @@ from mom_jax.sharding import spec
 MARGIN = 15
 """Seconds that JAX's own limits, which abort without saying what to do, come after ours."""
 SLOW = 600
-"""Seconds more that the first step and evaluation, which not all processes compile equally fast, and saves may take."""
+"""Seconds more for what some processes do faster than others: the start, restoring, compiling, saving."""
 SEEN = 30
 """Seconds in which a shared file system shows what another process has written."""
 LONGEST_END = 1800
@@ -59,7 +60,7 @@ class DistributedConfig:
     join_timeout: int = 300
     """Seconds within which all processes must have started."""
     peer_timeout: int = 300
-    """Seconds that a step may keep this process waiting for the others; the first, and saves, have ten minutes more."""
+    """Seconds that a step may keep this process waiting for the others; the start and saves have ten minutes more."""
 
     def __post_init__(self):
         given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
@@ -83,8 +84,13 @@ class DistributedConfig:
         )  # fmt: skip
 
 
+_peer_timeout: float | None = None  # of the config that this process joined the others with; None: it waits for ever
+
+
 def join(config: DistributedConfig) -> None:
     """Wait for the other processes, if ``config`` names any; to be called before anything uses a device.
+
+    From then on whatever keeps this process waiting for others has ``peer_timeout``: see :func:`waiting`.
 
     Raises ``ValueError`` if ``auto`` finds no cluster, ``OSError`` if process 0 cannot listen. Ends the process if not all
     have come within ``join_timeout``.
@@ -92,8 +98,12 @@ def join(config: DistributedConfig) -> None:
     if not config.auto and config.coordinator is None:
         return
     which = "" if config.auto else f" {config.process_id} of {config.num_processes} at {config.coordinator}"
-    together = f"not all processes came together within {config.join_timeout} s"
-    late = f"process{which}: {together}; see the logs of the others, and whether each id was started once"
+
+    def late():
+        found = "" if config.auto else _unknown(config.coordinator)
+        together = f"not all processes came together within {config.join_timeout} s{found}"
+        return f"process{which}: {together}; see the logs of the others, and whether each id was started once"
+
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself; see stopping.py
     if config.process_id == 0:
         _require_free(config.coordinator)
@@ -110,6 +120,8 @@ def join(config: DistributedConfig) -> None:
         raise
     except jax.errors.JaxRuntimeError as error:
         raise OSError(f"process{which} cannot join the others: {_first_line(error)}") from error
+    global _peer_timeout
+    _peer_timeout = config.peer_timeout
     if is_first():
         print(f"{jax.process_count()} processes, {jax.device_count()} devices in all", file=sys.stderr, flush=True)
 
@@ -120,6 +132,16 @@ def _require_free(coordinator: str) -> None:
         socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
     except OSError as error:
         raise OSError(f"process 0 cannot listen at {coordinator}: {error.strerror}") from error
+
+
+def _unknown(coordinator: str) -> str:
+    """That its host is not found, if so: said only when time is up, since Kubernetes makes names known late."""
+    host = coordinator.rpartition(":")[0]
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except OSError as error:
+        return f": the host {host} is not found ({error.strerror})"
+    return ""
 
 
 def is_first() -> bool:
@@ -150,9 +172,10 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
                 outcome = pickle.dumps((None, error))
             except Exception:  # the others wait for something to be raised
                 outcome = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
-    data = np.frombuffer(outcome.ljust(size, b"\0"), np.uint8)
-    value, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())
+    with waiting("the start"):
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
+        data = np.frombuffer(outcome.ljust(size, b"\0"), np.uint8)
+        value, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())
     if error is not None:
         raise error
     return value
@@ -202,7 +225,8 @@ def require_shared(directory: Path) -> None:
 
 def _require_everywhere(is_right: bool, what: str, message: str) -> None:
     """``ValueError`` with ``message`` in the processes where it is not right, and with their number in the others."""
-    wrong = np.flatnonzero(~np.asarray(multihost_utils.process_allgather(np.bool_(is_right)), bool)).tolist()
+    with waiting("the start"):
+        wrong = np.flatnonzero(~np.asarray(multihost_utils.process_allgather(np.bool_(is_right)), bool)).tolist()
     if wrong:
         raise ValueError(message if not is_right else f"process {wrong[0]} has {what}: see its log")
 
@@ -258,57 +282,72 @@ def end_now(message: str, status: int) -> NoReturn:
     os._exit(status)
 
 
-class Peers:
-    """The other processes as the loop sees them: it waits for them, but not for ever.
+@contextlib.contextmanager
+def waiting(what: str, kept: Callable[[], str] | None = None, *, slow: bool = True) -> Iterator[None]:
+    """For a block that needs the other processes: it waits for them, but not for ever.
+
+    Ends this process if the block lasts longer than the ``peer_timeout`` that it joined with, and SLOW seconds if ``slow``.
 
     Args:
-      timeout: ``DistributedConfig.peer_timeout``; None, or a single process: no limit.
-      kept: says which checkpoint a run can continue from, or what else is to be done.
+      what: is waited for.
+      kept: says which checkpoint a run can continue from.
+
+    Raises ``PeerLost`` if working with the others fails.
+    """
+    limit = None
+    if jax.process_count() > 1 and _peer_timeout is not None:
+        # Process 0 last: when it ends, JAX aborts the others before they have said why.
+        limit = _peer_timeout + SLOW * slow + 2.0 * is_first()
+
+    def message():
+        late = f"{what} has not ended within {limit:g} s: another process has died, or is late"
+        return _lost(f"{late} (--distributed.peer-timeout); see its log", kept)
+
+    with patience(limit, message), raising(kept):
+        yield
+
+
+@contextlib.contextmanager
+def raising(kept: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turns the failure of a collective into ``PeerLost``."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # One that fails as it is started is a ValueError to jaxlib; its messages begin with a status, such as UNKNOWN.
+        is_ours = isinstance(error, ValueError) and not re.match("[A-Z_]+: ", str(error))
+        if is_ours or jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise PeerLost(_lost(f"working with the others failed: {_first_line(error)}; see their logs", kept)) from error
+
+
+def _lost(why: str, kept: Callable[[], str] | None) -> str:
+    message = f"process {jax.process_index()} of {jax.process_count()}: {why}"
+    return message if kept is None else f"{message}; {kept()}"
+
+
+class Peers:
+    """The other processes as the loop sees them: what each program makes it wait for them, slowly when it is compiled.
+
+    Args:
+      kept: says which checkpoint a run can continue from.
     """
 
-    def __init__(self, timeout: float | None = None, kept: Callable[[], str] = lambda: "start all again"):
-        # Process 0 last: when it ends, JAX aborts the others before they have said why.
-        last = 2.0 if jax.process_index() == 0 else 0.0
-        self._timeout = None if jax.process_count() == 1 or timeout is None else timeout + last
+    def __init__(self, kept: Callable[[], str]):
         self._kept, self._compiled = kept, set()
-        self._me = f"process {jax.process_index()} of {jax.process_count()}"
 
     def start(self, run: Callable[[], Any], program: str, step: int) -> Any:
         """``run()``, which starts ``program`` on the devices; it may wait there, for a compilation or for the others."""
-        return self._await_program(run, program, step, ("start", program))
+        return self._await(run, program, step, ("start", program))
 
     def fetch(self, values: Any, program: str, step: int) -> Any:
         """``jax.device_get`` of what ``program`` computes at ``step``."""
-        return self._await_program(lambda: jax.device_get(values), program, step, program)
+        return self._await(lambda: jax.device_get(values), program, step, program)
 
-    def _await_program(self, result, program, step, key):
+    def _await(self, result, program, step, key):
         is_first_time = key not in self._compiled
         self._compiled.add(key)
-        return self.await_result(result, program, step, slow=is_first_time)
-
-    def await_result(self, result: Callable[[], Any], program: str, step: int, *, slow: bool) -> Any:
-        """``result()``, for which ``program`` needs the others at ``step``; if ``slow``, SLOW seconds longer."""
-        limit = self._timeout
-        if limit is not None and slow:
-            limit += SLOW
-
-        def message():
-            late = f"{program} {step} has not ended within {limit:g} s: another process has died, or is late; see its log"
-            return f"{self._me}: {late}; {self._kept()}"
-
-        with patience(limit, message):
+        with waiting(f"{program} {step}", self._kept, slow=is_first_time):
             return result()
-
-    @contextlib.contextmanager
-    def raising(self) -> Iterator[None]:
-        """Turns the failure of a collective into ``PeerLost``."""
-        try:
-            yield
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
-                raise
-            lost = f"{self._me}: working with the others failed: {_first_line(error)}"
-            raise PeerLost(f"{lost}; see their logs; {self._kept()}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -141,6 +141,8 @@ class ProgressBar:
             self.write(f"step {step}/{self._total}{text}")
 
     def _measure(self, now: float, step: int) -> None:
+        if self._marks and self._marks[-1][1] == step:
+            return  # an evaluation after the step, which would count as the step's time
         self._marks.append((now, step))
         while len(self._marks) > 2 and now - self._marks[0][0] > SPEED_WINDOW:
             self._marks.popleft()
@@ -149,7 +151,7 @@ class ProgressBar:
             self.tokens_per_second = (step - first_step) * self._tokens_per_step / (now - then)
 
     def restart_clock(self) -> None:
-        """Begin a new window: called after an evaluation or a checkpoint, before the next update, it leaves them out."""
+        """Begin a new window: called after an evaluation or a checkpoint, before the next step, it leaves them out."""
         self._marks.clear()
 
     def write(self, line: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from faults import flip_a_bit, truncate
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mom_jax import files
 from mom_jax.checkpoint import CHECKSUMS, Checkpoints, find_step, load_config
 from mom_jax.files import checksums_of
 
@@ -231,6 +232,14 @@ def test_damaged_checkpoint_is_passed_over_and_can_be_saved_again(tmp_path, dama
         checkpoints.save(2, make_state(2), config=CONFIG)
     assert_same(restore(tmp_path)[1], make_state(2))
     assert (tmp_path / "2.damaged").exists()
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = set()
+    monkeypatch.setattr(files, "fsync", lambda path: synced.add(path.relative_to(tmp_path).parts[1:]))
+    save_steps(tmp_path, 1)
+    found = {path.relative_to(tmp_path / "1").parts for path in (tmp_path / "1").rglob("*")}
+    assert found - synced <= {("_CHECKPOINT_METADATA",), ("commit_success.txt",)}  # see the next test
 
 
 @pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "commit_success.txt"])

@@ -338,46 +338,74 @@ CLOCKS = {
 }
 
 
+def with_clock(clock: str, directory: Path) -> dict[str, str]:
+    """The environment in which Python's time.time is wrong, but for process 1 of several."""
+    program = f"""
+import itertools, sys, time
+calls, real = itertools.count(), time.time
+if sys.orig_argv[-2:] != ["--distributed.process-id", "1"]:
+    time.time = {CLOCKS[clock]}
+    time.time_ns = lambda: int(1e9 * time.time())
+"""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(program)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))}
+
+
 @pytest.mark.parametrize(
     "clock", [pytest.param(clock, marks=[] if clock == "jumping" else pytest.mark.faults) for clock in CLOCKS]
 )
 def test_a_wrong_clock_changes_nothing(workshop, tmp_path, clock, tally):
     """Of Python's time.time, which all of Python's part of a run sees; stopped in between, so that it also restores."""
-    program = f"""
-import itertools, time
-calls, real = itertools.count(), time.time
-time.time = {CLOCKS[clock]}
-time.time_ns = lambda: int(1e9 * time.time())
-"""
-    (tmp_path / "lies").mkdir()
-    (tmp_path / "lies" / "sitecustomize.py").write_text(program)
-    path = os.pathsep.join(filter(None, [str(tmp_path / "lies"), os.environ.get("PYTHONPATH")]))
-    output, environment = tmp_path / "run", workshop.environment | {"PYTHONPATH": path}
+    output, environment = tmp_path / "run", with_clock(clock, tmp_path / "lies")
     with tally.trial(f"clock {clock}"):
         for flags in (["--train.stop-after", "9", "--train.eval-every", "9"], []):
-            result = subprocess.run(
-                workshop.train("windows", output, *flags), env=environment, capture_output=True, text=True
-            )
-            assert result.returncode == 0, result.stderr
+            workshop.run(workshop.train("windows", output, *flags), **environment)
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records if record["split"] == "train"] == list(range(1, STEPS + 1))
         assert_close_losses(output, workshop.uninterrupted("windows"), limit=0)
 
 
-# Other devices and processes
+# Several devices and processes
 
 
 @pytest.mark.faults
-def test_another_number_of_devices_goes_on(workshop, tmp_path, tally):
-    output, expected = tmp_path / "run", workshop.uninterrupted("windows")
-    stops = ((1, 6, []), (4, 12, ["--mesh.data", "2", "--mesh.memory", "2"]), (2, STEPS, ["--mesh.fsdp", "2"]))
+def test_several_devices_resume_to_the_same_bits(workshop, tmp_path, tally, trials):
+    flags, environment = ["--mesh.fsdp", "2", "--mesh.memory", "2"], {"JAX_NUM_CPU_DEVICES": "4"}
+    expected = tmp_path / "expected"
+    workshop.run(workshop.train("windows", expected, *flags), **environment)
+    for number in range(trials):
+        output = tmp_path / str(number)
+        for stop in (random.choice((6, 12)), STEPS):
+            workshop.run(workshop.train("windows", output, *flags, "--train.stop-after", str(stop)), **environment)
+        with tally.trial("resumed on the same four devices, losses to the bit"):
+            assert_same_losses(output, expected)
+
+
+@pytest.mark.faults
+def test_two_processes_resume_to_the_same_bits_whatever_the_clock_of_one(workshop, tmp_path, tally):
+    """Time jumps in process 0, which judges and renames checkpoints, and not in process 1."""
+    expected, output = tmp_path / "expected", tmp_path / "run"
+    lies = with_clock("jumping", tmp_path / "lies")
+    for directory, stop, environment in ((expected, STEPS, {}), (output, 6, lies), (output, STEPS, lies)):
+        flags = ["--mesh.fsdp", "2", "--train.stop-after", str(stop)]
+        with workshop.start_team(2, "windows", directory, *flags, **environment) as team:
+            assert team.wait() == [0, 0], team.log(0)
+    with tally.trial("resumed on the same two processes, the clock of one jumping, losses to the bit"):
+        assert_same_losses(output, expected)
+
+
+@pytest.mark.faults
+def test_other_meshes_go_on(workshop, tmp_path, tally):
+    output, stops = tmp_path / "run", (
+        (1, 4, []), (4, 8, ["--mesh.data", "2", "--mesh.memory", "2"]), (2, 12, ["--mesh.tensor", "2"]),
+        (2, 15, ["--mesh.sequence", "2"]), (2, STEPS, ["--mesh.fsdp", "2"]),
+    )  # fmt: skip
     for devices, stop, flags in stops:
         command = workshop.train("windows", output, "--train.stop-after", str(stop), *flags)
-        environment = workshop.environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-    with tally.trial("resumed on another number of devices"):
-        assert_close_losses(output, expected)
+        workshop.run(command, JAX_NUM_CPU_DEVICES=str(devices))
+    with tally.trial("resumed on other devices and meshes"):
+        assert_close_losses(output, workshop.uninterrupted("windows"))
 
 
 @pytest.mark.faults
@@ -389,7 +417,8 @@ def test_two_then_one_then_four_processes_train_as_one(workshop, tmp_path, tally
         (4, 1, STEPS, ["--mesh.fsdp", "2", "--mesh.memory", "2"]),
     ]
     for count, devices, stop, flags in teams:
-        with workshop.start_team(count, "windows", output, "--train.stop-after", str(stop), *flags, devices=devices) as team:
+        flags += ["--train.stop-after", str(stop)]
+        with workshop.start_team(count, "windows", output, *flags, JAX_NUM_CPU_DEVICES=str(devices)) as team:
             assert team.wait() == [0] * count, team.log(0)
     with tally.trial("resumed on another number of processes"):
         assert_close_losses(output, expected)

@@ -14,12 +14,12 @@ import evaluate
 import jax
 import numpy as np
 import pytest
-from workshop import STEPS, Workshop, assert_close_losses, last_step, saved_steps
+from workshop import STEPS, Team, Workshop, assert_close_losses, last_step, saved_steps
 
 import mom_jax
 from mom_jax.checkpoint import Checkpoints
 from mom_jax.generation import generate
-from mom_jax.processes import MARGIN, DistributedConfig, PeerLost, Peers
+from mom_jax.processes import MARGIN, DistributedConfig, PeerLost, raising
 from mom_jax.sampling import Sampling
 
 
@@ -188,11 +188,12 @@ def test_a_coordinator_that_cannot_listen_is_named(workshop, tmp_path):
 
 def test_a_failed_collective_is_a_lost_peer_and_its_save_is_not_waited_for(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    peers = Peers(None, lambda: "the checkpoint of step 3 is kept")
     with pytest.raises(PeerLost, match=r"^process 0 of 2: working with .* failed: Connection closed; .*; the checkpoint"):
-        with peers.raising():
+        with raising(lambda: "the checkpoint of step 3 is kept"):
             raise jax.errors.JaxRuntimeError("Connection closed\nby peer")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), peers.raising():
+    with pytest.raises(ValueError, match="^mesh.data = 3"), raising():
+        raise ValueError("mesh.data = 3 is not allowed")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"), raising():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     monkeypatch.undo()
 
@@ -205,32 +206,56 @@ def test_a_failed_collective_is_a_lost_peer_and_its_save_is_not_waited_for(monke
     checkpoints.close()
 
 
-def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path, port):
-    flags = ["--distributed.num-processes", "2", "--distributed.process-id", "0", "--distributed.join-timeout", "1"]
-    command = workshop.train("windows", tmp_path / "run", "--distributed.coordinator", f"localhost:{port}", *flags)
+@pytest.mark.parametrize(
+    ("host", "index", "why"), [("localhost", 0, "; see"), ("no.invalid", 1, ": the host no.invalid is not found")]
+)
+def test_a_process_whose_peers_do_not_come_ends(workshop, tmp_path, port, host, index, why):
+    flags = ["--distributed.num-processes", "2", "--distributed.process-id", str(index), "--distributed.join-timeout", "1"]
+    command = workshop.train("windows", tmp_path / "run", "--distributed.coordinator", f"{host}:{port}", *flags)
     stderr = workshop.run(command, status=1).stderr
-    assert f"process 0 of 2 at localhost:{port}: not all processes came together within 1 s" in stderr
+    assert f"process {index} of 2 at {host}:{port}: not all processes came together within 1 s{why}" in stderr
 
 
 # Training
 
 
-WAITING = """
-import threading
-import jax
-jax.process_count = lambda: 2
-from mom_jax.processes import Peers
-peers = Peers(0.1, lambda: "the checkpoint of step 3 is kept")
-peers.await_result(threading.Event().wait, "step", 7, slow=False)
+STUCK = """if True:
+    import os, runpy, sys, threading
+    from pathlib import Path
+    from mom_jax import checkpoint, processes, token_files
+
+    (where, experiment), sys.argv = sys.argv[1:3], sys.argv[2:]
+    processes.SLOW = 4
+    match where, sys.argv[-1]:
+        case "in the start", "1":
+            token_files.TokenFile.verify = lambda _: threading.Event().wait()
+        case "in the restoring", "0":
+            checkpoint._newest_whole = lambda *_: threading.Event().wait()
+        case "dead", "1":
+            token_files.TokenFile.verify = lambda _: os._exit(1)
+    sys.path[0] = str(Path(experiment).parent)
+    runpy.run_path(experiment, run_name="__main__")
 """
+"""train_lm.py, one process of which stands still somewhere, though it is alive, or dies."""
+LATE = "another process has died, or is late (--distributed.peer-timeout); see its log"
+KEPT = "the checkpoint of step 18 is kept; the same command continues from there"
 
 
-def test_a_step_that_does_not_end_is_given_up_with_a_message():
-    result = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.strip() == (
-        "process 0 of 2: step 7 has not ended within 2.1 s: another process has died, or is late; see its log; "
-        "the checkpoint of step 3 is kept"
-    )
+@pytest.mark.parametrize(
+    ("where", "who", "message"),
+    [
+        ("in the start", 1, f"the start has not ended within 12 s: {LATE}\n"),
+        ("in the restoring", 0, f"restoring the checkpoint has not ended within 10 s: {LATE}; {KEPT}\n"),
+        ("dead", 1, "working with the others failed: "),
+    ],
+)
+def test_who_waits_for_a_process_that_is_stuck_or_dead_ends_with_a_message(workshop, tmp_path, where, who, message):
+    output = shutil.copytree(workshop.uninterrupted("windows"), tmp_path / "run")
+    command = workshop.train("windows", output, "--mesh.data", "2", "--distributed.peer-timeout", "6")
+    command[1:1] = ["-c", STUCK, where]
+    with Team(command, 2, workshop.environment, tmp_path) as team:
+        assert team.processes[1 - who].wait(timeout=100) == 1
+        assert f"process {1 - who} of 2: {message}" in team.log(1 - who)
 
 
 def test_two_processes_train_as_one_and_one_goes_on_when_a_peer_is_killed(workshop, tmp_path):

@@ -109,21 +109,22 @@ class Workshop:
     def command(self, script: str, *flags: str) -> list[str]:
         return [sys.executable, str(EXPERIMENTS / script), *flags]
 
-    def run(self, command: list[str], status: int = 0) -> subprocess.CompletedProcess:
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+    def run(self, command: list[str], status: int = 0, **environment: str) -> subprocess.CompletedProcess:
+        result = subprocess.run(command, env=self.environment | environment, capture_output=True, text=True)
         assert result.returncode == status, result.stderr
         return result
 
     def start(self, command: list[str]) -> subprocess.Popen:
         return subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True)
 
-    def start_team(self, count: int, name: str, output: Path, *flags: str, devices: int = 1) -> Team:
-        """``count`` processes of ``devices`` devices each that train by the file ``name``.json."""
-        return self.team(count, self.train(name, output, *flags), output.with_name(f"{output.name}_logs"), devices)
+    def start_team(self, count: int, name: str, output: Path, *flags: str, **environment: str) -> Team:
+        """``count`` processes that train by the file ``name``.json."""
+        logs = output.with_name(f"{output.name}_logs")
+        return self.team(count, self.train(name, output, *flags), logs, **environment)
 
-    def team(self, count: int, command: list[str], logs: Path, devices: int = 1) -> Team:
+    def team(self, count: int, command: list[str], logs: Path, **environment: str) -> Team:
         logs.mkdir(parents=True, exist_ok=True)
-        return Team(command, count, self.environment | {"JAX_NUM_CPU_DEVICES": str(devices)}, logs)
+        return Team(command, count, self.environment | environment, logs)
 
     def run_undisturbed(self, name: str) -> Path:
         output = self.directory / f"{name}_undisturbed"
