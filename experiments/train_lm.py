@@ -27,7 +27,17 @@ from mom_jax.data import make_dataset
 from mom_jax.fit import fit
 from mom_jax.generation import generate
 from mom_jax.model import MoMLanguageModel, bind
-from mom_jax.processes import DistributedConfig, console, is_first, join, on_first, require_same, require_shared, row_share
+from mom_jax.processes import (
+    DistributedConfig,
+    console,
+    is_first,
+    join,
+    on_first,
+    require_same,
+    require_shared,
+    row_share,
+    waiting,
+)
 from mom_jax.reports import read_metrics
 from mom_jax.runs import keep_tokenizer
 from mom_jax.sampling import Sampling
@@ -92,7 +102,8 @@ def main(config: TrainLM) -> None:
     text = None
     if config.sample_tokens > 0 and config.sample_prompts:
         model = dataclasses.replace(config.model, remat="none")
-        with use_mesh(mesh):  # by all processes, with whom the parameters lie
+        # By all processes, with whom the parameters lie.
+        with use_mesh(mesh), waiting("sampling", lambda: "the checkpoint of the last step is kept"):
             text = sample_texts(config, bind(model, fitted.state["params"], fitted.state["variables"]))
     if not is_first():
         return
