@@ -63,11 +63,11 @@ class Attention(nnx.Module):
         size = self.config.attention.window_size or max_length
         shape = (batch_size, size, self.num_kv_heads, self.head_width)
         return AttentionState(
-            k=jnp.zeros(shape, self.config.dtype),
-            v=jnp.zeros(shape, self.config.dtype),
-            position=jnp.full((batch_size, size), -1, jnp.int32),
-            document=jnp.full((batch_size, size), -1, jnp.int32),
-            count=jnp.zeros(batch_size, jnp.int32),
+            k=constrain(jnp.zeros(shape, self.config.dtype), "bTg"),
+            v=constrain(jnp.zeros(shape, self.config.dtype), "bTg"),
+            position=constrain(jnp.full((batch_size, size), -1, jnp.int32), "bT"),
+            document=constrain(jnp.full((batch_size, size), -1, jnp.int32), "bT"),
+            count=constrain(jnp.zeros(batch_size, jnp.int32), "b"),
         )
 
     def __call__(

@@ -89,14 +89,15 @@ class MixtureOfMemories(nnx.Module):
         return self.config.num_memories + self.config.shared_memory
 
     def init_state(self, batch_size: int) -> MemoryState:
-        """Empty memories."""
+        """Empty memories, of which every device of a mesh has some heads."""
         config, count = self.config, self.num_memories
         leading = (batch_size, count, config.conv_size - 1, config.num_heads)
         widths = {"q": config.head_dim, "k": config.head_dim, "v": config.value_head_dim}
+        history = {stream: jnp.zeros((*leading, width), config.dtype) for stream, width in widths.items()}
         return MemoryState(
-            recurrent=self.rule.init_state(batch_size, count),
-            history={stream: jnp.zeros((*leading, width), config.dtype) for stream, width in widths.items()},
-            document=jnp.full((batch_size, count), -1, jnp.int32),
+            recurrent=jax.tree.map(lambda s: constrain(s, "bMh"), self.rule.init_state(batch_size, count)),
+            history=jax.tree.map(lambda s: constrain(s, "bMWh"), history),
+            document=constrain(jnp.full((batch_size, count), -1, jnp.int32), "bM"),
         )
 
     def __call__(

@@ -16,7 +16,7 @@ from mom_jax.config import ModelConfig, require
 from mom_jax.layers import LayerState, LayerWeight, SwiGLU, einsum_float32, normal_param, normalize, ones_param
 from mom_jax.memory import MixtureOfMemories
 from mom_jax.routing import RouterBias, balance_loss
-from mom_jax.sharding import EXCHANGED, constrain_tokens, leaf_name, take_rows
+from mom_jax.sharding import EXCHANGED, constrain, constrain_tokens, leaf_name, take_rows
 from pallas_kernels.api import SEGMENT_ALIGNMENT, WORTH_KEEPING, rms_norm
 
 MIXERS = {"mom": MixtureOfMemories, "attention": Attention}
@@ -134,7 +134,8 @@ class MoMLanguageModel(nnx.Module):
             return jax.tree.map(lambda s: jnp.broadcast_to(s, (count, *s.shape)), state)
 
         runs = zip(self.ordered_runs(), self.config.layer_runs, strict=True)
-        return ModelState(tuple(layers(run, *kind_count) for run, kind_count in runs), jnp.zeros(batch_size, jnp.int32))
+        document = constrain(jnp.zeros(batch_size, jnp.int32), "b")
+        return ModelState(tuple(layers(run, *kind_count) for run, kind_count in runs), document)
 
     def ordered_runs(self) -> list[Block]:
         """The runs from the bottom up; the dictionary itself goes by name, run_10 before run_2."""

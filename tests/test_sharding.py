@@ -410,6 +410,20 @@ def test_a_piece_with_a_state_and_a_token_after_it():
     assert_close(jax.device_get(found), jax.device_get(expected), LIMITS["float32"])
 
 
+def test_states_are_born_split_and_stay_so():
+    """Rows over data and fsdp, heads over memory and tensor: the program of a prompt's first piece is that of the next."""
+    config, mesh = small(num_heads=4), make_mesh(MeshConfig(fsdp=2, memory=2, tensor=2))
+    model = bind(config, *draw_params(config))
+    with use_mesh(mesh):
+        born = jax.jit(lambda: model.init_state(B))()
+        used = jax.jit(lambda tokens, state: model.hidden(tokens, state=state).state)(np.ones((B, 64), np.int32), born)
+    for state in (born, used):
+        assert bytes_a_device(state.layers[0].recurrent) * 8 == state.layers[0].recurrent.nbytes
+        assert bytes_a_device(state.layers[0].history) * 8 == sum(x.nbytes for x in state.layers[0].history.values())
+    shards = [jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), state) for state in (born, used)]
+    assert shards[0] == shards[1]
+
+
 def test_generation_draws_the_tokens_of_one_device():
     """From a training state as it lies, with rows that the devices cannot share: as train_lm.py does at its end."""
     config, params, variables, batch = case("mom")
