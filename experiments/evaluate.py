@@ -128,7 +128,7 @@ def main(config: Evaluate) -> dict:
     params, variables = split_params(model)
     nats, counts = np.zeros(length), np.zeros(length)
     batches = make_dataset(token_file, data, train=False, process_index=share, process_count=shares)
-    with use_mesh(mesh), raising(lambda: "start all again"):
+    with use_mesh(mesh), raising():
         for batch in tqdm(batches, unit=" batches", file=console()):
             more_nats, more_counts = losses(model.config, params, variables, place(batch, mesh))
             nats += np.asarray(more_nats, np.float64)

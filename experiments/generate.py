@@ -227,7 +227,7 @@ def main(config: Generate) -> None:
         "stop_ids": (*config.stop, *eos),
     }  # fmt: skip
     work = stream if config.batch_file is None else run_batches
-    with use_mesh(mesh), raising(lambda: "start all again"):
+    with use_mesh(mesh), raising():
         work(config, model, tokenizer, settings)
 
 

@@ -220,7 +220,7 @@ def main(config: TrainMQAR) -> dict:
     for name, model in make_arms(config.model).items():
         if name in results:
             continue
-        with raising(lambda: "start all again"):
+        with raising():
             accuracy = train_arm(config, mesh, model, name, train_rows, test_rows)
         best = int(np.argmax(accuracy.mean(axis=(1, 2))))
         results[name] = {

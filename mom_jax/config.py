@@ -383,7 +383,7 @@ class MeshConfig:
     data: int = 1
     """Devices over which the rows of a batch are split, and nothing else."""
     fsdp: int = 1
-    """Devices over which the rows of a batch are split, and the parameters and the optimiser's state with them."""
+    """Devices over which rows, parameters and the optimiser's state are split; it divides hidden_size."""
     memory: int = 1
     """Devices over which the memories are split, and all else of a layer; it divides num_memories, times tensor heads."""
     tensor: int = 1

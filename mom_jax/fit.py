@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mom_jax.checkpoint import Checkpoints
 from mom_jax.config import ModelConfig, TrainConfig
-from mom_jax.processes import Peers, console, is_first, raising
+from mom_jax.processes import Peers, console, is_first, on_first, raising
 from mom_jax.reports import ProgressBar, RunLog, plot_loss_curves, plot_routing
 from mom_jax.sharding import use_mesh
 from mom_jax.stopping import StopSignal, Vote
@@ -99,12 +99,15 @@ def fit(
             ):
                 loop = _Loop(model, train, mesh, valid_data, run_config, tokens_per_byte, checkpoints, log, batches, peers)
                 fitted = loop.run(done, state, stop)
-    if fitted.stopped_by is not None or not is_first():
-        return fitted
-    plot_loss_curves(directory)
-    if loop.load is not None and loop.load.size:
-        layers = [layer for layer in range(model.num_layers) if layer not in model.attention.layers]
-        plot_routing(loop.load, directory / "routing.png", layers=layers)
+
+    def draw():
+        plot_loss_curves(directory)
+        if loop.load is not None and loop.load.size:
+            layers = [layer for layer in range(model.num_layers) if layer not in model.attention.layers]
+            plot_routing(loop.load, directory / "routing.png", layers=layers)
+
+    if fitted.stopped_by is None:
+        on_first(draw, "drawing")
     return fitted
 
 

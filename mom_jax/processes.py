@@ -34,11 +34,9 @@ from mom_jax.sharding import spec
 MARGIN = 15
 """Seconds that JAX's own limits, which abort without saying what to do, come after ours."""
 SLOW = 600
-"""Seconds more for what some processes do faster than others: the start, restoring, compiling, saving."""
+"""Seconds more for what some processes do faster than others: the start, restoring, compiling, saving, the end."""
 SEEN = 30
 """Seconds in which a shared file system shows what another process has written."""
-LONGEST_END = 1800
-"""Seconds that the others wait for process 0, which draws pictures and writes at the end of a run."""
 
 
 class PeerLost(ConnectionError):
@@ -113,7 +111,7 @@ def join(config: DistributedConfig) -> None:
                 config.coordinator, config.num_processes, config.process_id,
                 cluster_detection_method=None if config.auto else "deactivate",
                 initialization_timeout=config.join_timeout + MARGIN,
-                heartbeat_timeout_seconds=config.peer_timeout + MARGIN, shutdown_timeout_seconds=LONGEST_END,
+                heartbeat_timeout_seconds=config.peer_timeout + MARGIN, shutdown_timeout_seconds=SLOW,
             )  # fmt: skip
     except ValueError as error:
         require(not config.auto, "DistributedConfig.auto", True, f"JAX recognises no cluster here ({error})")
@@ -159,8 +157,11 @@ def _nowhere() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")
 
 
-def on_first[Value](function: Callable[[], Value]) -> Value:
-    """What ``function()`` gives on process 0, in every process; what it raises there is raised in every process."""
+def on_first[Value](function: Callable[[], Value], what: str = "the start") -> Value:
+    """What ``function()`` gives on process 0, in every process; what it raises there is raised in every process.
+
+    Meanwhile the others are :func:`waiting` for ``what``.
+    """
     if jax.process_count() == 1:
         return function()
     outcome = b""
@@ -172,7 +173,7 @@ def on_first[Value](function: Callable[[], Value]) -> Value:
                 outcome = pickle.dumps((None, error))
             except Exception:  # the others wait for something to be raised
                 outcome = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
-    with waiting("the start"):
+    with waiting(what):
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
         data = np.frombuffer(outcome.ljust(size, b"\0"), np.uint8)
         value, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())

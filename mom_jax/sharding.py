@@ -290,18 +290,13 @@ def take_rows(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
 
 def letters_of_tokens(x: jax.Array) -> str:
     """What the axes of x [B, T, ...] are between products: rows over the widths too, or tokens; not the few of decoding."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-
-    def can_share(letters):
-        shares = (math.prod(sizes.get(name, 1) for name in MESH_AXES[letter]) for letter in letters)
-        return all(size % share == 0 for size, share in zip(x.shape, shares, strict=False))
-
-    return next((letters for letters in ("rt", "bs") if x.shape[1] >= SEGMENT_ALIGNMENT and can_share(letters)), "bt")
+    shared = ("rt", "bs") if x.shape[1] >= SEGMENT_ALIGNMENT else ()
+    return next((letters for letters in shared if None not in spec(letters, x.shape)), "bt")
 
 
 def spec_of_tokens(x: jax.Array) -> PartitionSpec:
     """Where tokens of x [B, T, ...] lie between products."""
-    return spec(letters_of_tokens(x), x.shape[:2])
+    return spec(letters_of_tokens(x), x.shape)
 
 
 def letters_of_mlp(x: jax.Array, width: int) -> str:
