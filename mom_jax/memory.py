@@ -26,11 +26,13 @@ from mom_jax.routing import Dispatch, Router, Routing
 from mom_jax.sharding import (
     EXCHANGED,
     PARAMETER_AXES,
+    WIDTHS,
     constrain,
     constrain_tokens,
     gather_params,
     gather_tokens,
     leaf_name,
+    letters_of_memories,
     parameter_specs,
     shares_tokens,
     spec,
@@ -119,15 +121,17 @@ class MixtureOfMemories(nnx.Module):
         Returns:
           y, the routing, and the layers' states [layers, B, ...] after the piece.
         """
-        routing = self.router(x, mask)
+        routing, of_o = self.router(x, mask), "bt"
         if x.shape[1] < SEGMENT_ALIGNMENT:
             o, new_state = self._step_through(x, routing, mask, documents, state)
         elif state is None and shares_tokens(x):
-            o, new_state = self._run_spread(x, routing, mask, documents), None
+            of_o = letters_of_memories(x, self.config.num_heads * self.config.value_head_dim)
+            o, new_state = self._run_spread(x, routing, mask, documents, of_o), None
         else:  # by the partitioner
             of_rows = (constrain(a, "bt") for a in (x, routing.memories, routing.weights))
             o, new_state = self._run_dispatched(*of_rows, mask, documents, state)
-        y = einsum("bthv,hvd->btd", constrain(o, "bthv"), self.w_o[...], dtype=self.config.dtype, residual=residual)
+        o, w_o = constrain(o, f"{of_o}hv"), self.w_o[...]
+        y = einsum(f"{of_o}hv,hvd->{of_o}d", o, w_o, dtype=self.config.dtype, residual=residual)
         return constrain_tokens(y), routing, None if state is None else new_state
 
     def _convolution(self, stream: str) -> tuple[jax.Array | LayerWeight, jax.Array | LayerWeight | None]:
@@ -186,8 +190,12 @@ class MixtureOfMemories(nnx.Module):
             state = state.set(MemoryState(recurrent, history, document))
         return o, state
 
-    def _run_spread(self, x, routing, mask, documents):
-        """:meth:`_run_dispatched` on every device of the mesh with its tokens, its memories and its heads."""
+    def _run_spread(self, x, routing, mask, documents, of_o):
+        """:meth:`_run_dispatched` on every device of the mesh with its tokens, its memories and its heads.
+
+        Args:
+          of_o: the letters of the outputs' tokens: of rows that a device has between products, or of its data shard.
+        """
         graph, state = nnx.split(self)
         params = nnx.to_pure_dict(state)
         outside = {name: params.pop(name) for name in ("router", "w_o")}  # not needed inside
@@ -203,12 +211,15 @@ class MixtureOfMemories(nnx.Module):
             return found
 
         def run(params, x, memories, weights, *arguments):
-            gathered = (gather_tokens(a, between) for a in (x, memories, weights))
-            return _run_shard(self.config, module, gather_params(params, in_specs), *gathered, *arguments)
+            params = gather_params(params, in_specs)
+            gathered, own = (gather_tokens(a, between) for a in (x, memories, weights)), None
+            if of_o == "rt":
+                own = x, gather_params(params, in_specs, WIDTHS)
+            return _run_shard(self.config, module, params, own, *gathered, *arguments)
 
         between, tokens = spec_of_tokens(x), spec("bt")
         return jax.shard_map(
-            run, in_specs=(in_specs, *(between,) * 3, tokens, tokens), out_specs=spec("bthv"), check_vma=False
+            run, in_specs=(in_specs, *(between,) * 3, tokens, tokens), out_specs=spec(f"{of_o}hv"), check_vma=False
         )(params, x, routing.memories, routing.weights, mask, documents)  # fmt: skip
 
     def _step_through(self, x, routing, mask, documents, state):
@@ -254,52 +265,63 @@ class MixtureOfMemories(nnx.Module):
         return o.reshape(batch, num_tokens, *o.shape[1:]), after
 
 
-def _run_shard(config: ModelConfig, module, params, x, memories, weights, mask, documents):
-    """One device's part of the outputs, [B, T, H / (tensor memory), V].
+def _run_shard(config: ModelConfig, module, params, own_rows, x, memories, weights, mask, documents):
+    """One device's part of the outputs, [B, T, H / (tensor memory), V], or [B / memory, T, H, V].
 
-    The routed memories of the device work on its ``tensor`` part of the heads, all of them; the shared memory, the norm and
-    the gate on its part of the heads over ``tensor`` and ``memory``.
+    The routed memories of the device work on its ``tensor`` part of the heads, all of them, of all rows; the shared memory,
+    the norm and the gate on its own part: of the heads over ``tensor`` and ``memory``, or of the rows.
 
     Args:
       module: makes the mixer of parameters and changes of the config.
       params: the device's: of its memories and heads; w_q, w_g and the shared memory's of its part over both axes.
+      own_rows: (x, parameters) of its own part if that is of the rows: those rows, and all heads. None: it is of the heads.
     """
     shards, shard = lax.axis_size("memory"), lax.axis_index("memory")
     heads = config.num_heads // lax.axis_size("tensor")
     if shards == 1:
         return module(params, num_heads=heads)._run_dispatched(x, memories, weights, mask, documents, None)[0]
 
+    def part(a, axis):
+        size = a.shape[axis] // shards
+        return lax.dynamic_slice_in_dim(a, shard * size, size, axis)
+
+    def of_own_heads(path, a):
+        axis = PARAMETER_AXES[leaf_name(path)].find("H")
+        return a if axis < 0 else part(a, axis)
+
+    if own_rows is None:
+        split, own_x, own_mask, own_documents = 2, x, mask, documents
+        own_params, own_heads = jax.tree_util.tree_map_with_path(of_own_heads, params), heads // shards
+    else:
+        split, own_heads, (own_x, own_params) = 0, heads, own_rows
+        own_mask, own_documents = (None if a is None else part(a, 0) for a in (mask, documents))
     count = config.num_memories // shards
     routed = module(params, num_heads=heads, num_memories=count, shared_memory=False)
+    own = module(own_params, num_heads=own_heads)
     if config.single_kv_proj:
         for name in ("shared_a", "shared_b"):
             gathered = lax.all_gather(getattr(routed.rule, name)[...], "memory", axis=1, tiled=True)
             setattr(routed.rule, name, nnx.Param(gathered))
-    own_heads = routed.rule.token_streams(x)
+    of_own_tokens = own.rule.token_streams(own_x)
     of_tokens = {
-        name: checkpoint_name(lax.all_gather(stream, "memory", axis=2, tiled=True), EXCHANGED)
-        for name, stream in own_heads.items()
+        name: checkpoint_name(lax.all_gather(stream, "memory", axis=split, tiled=True), EXCHANGED)
+        for name, stream in of_own_tokens.items()
     }
     chosen = memories[..., : config.top_k] - shard * count
     dispatch = Dispatch.of(chosen, mask, count, has_shared=False)
     o, _ = routed._run(x, of_tokens, chosen, dispatch, documents, None)
     o = dispatch.to_tokens(o, weights[..., : config.top_k], config.implementation)
-    o = checkpoint_name(lax.psum_scatter(o, "memory", scatter_dimension=2, tiled=True), EXCHANGED)
+    o = checkpoint_name(lax.psum_scatter(o, "memory", scatter_dimension=split, tiled=True), EXCHANGED)
     if config.shared_memory:
-
-        def own(path, x):
-            axis = PARAMETER_AXES[leaf_name(path)].find("H")
-            return x if axis < 0 else lax.dynamic_slice_in_dim(x, shard * heads // shards, heads // shards, axis)
-
-        params = jax.tree_util.tree_map_with_path(own, params)
         # A single memory, which every token chooses, with the shared projections.
         one = {"num_memories": 1, "shared_memory": False, "single_kv_proj": True}
-        shared, first = module(params, num_heads=heads // shards, **one), jnp.zeros((*x.shape[:2], 1), jnp.int32)
+        shared, first = module(own_params, num_heads=own_heads, **one), jnp.zeros((*own_x.shape[:2], 1), jnp.int32)
         is_in_place = mask is None and x.shape[1] % SEGMENT_ALIGNMENT == 0
-        dispatch = Dispatch.in_place(*x.shape[:2]) if is_in_place else Dispatch.of(first, mask, 1, has_shared=False)
-        of_shared, _ = shared._run(x, shared.rule.token_streams(x) | own_heads, first, dispatch, documents, None)
+        dispatch = Dispatch.in_place(*first.shape[:2]) if is_in_place else Dispatch.of(first, own_mask, 1, has_shared=False)
+        streams = shared.rule.token_streams(own_x) | of_own_tokens
+        of_shared, _ = shared._run(own_x, streams, first, dispatch, own_documents, None)
         o += dispatch.to_tokens(of_shared, jnp.ones(first.shape, weights.dtype), config.implementation)
-    return api.gated_rms_norm(o, routed._gate(x), routed.out_norm[...], config.norm_eps)
+    return api.gated_rms_norm(o, own._gate(own_x), own.out_norm[...], config.norm_eps)
 
 
 def _enter(state: MemoryState, segments, run_ids) -> tuple[MemoryState, jax.Array]:

@@ -6,9 +6,9 @@ One table says which mesh axes split which letter; another gives the letters of 
 Rows are split over ``data`` and ``fsdp``, their tokens over ``sequence``, the routed memories over ``memory``, their heads
 over ``tensor``; what is outside of the memories over ``tensor`` and ``memory`` together, so that no device does another's
 work: products by heads or widths, what is between them (norms, residuals) by rows, or by tokens where rows are few. Products
-gather these tokens, and their partial results are summed and scattered again; or, as the MLP of many tokens, they keep them
-and gather their weights. An axis that does not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit`` with
-these shardings.
+gather these tokens, and their partial results are summed and scattered again. Or they keep them and gather their weights, if
+that exchanges less: mostly, for the MLP and, over ``memory``, for all of a mixer but its routed memories. An axis that does
+not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit`` with these shardings.
 
 Whose job the collectives are: in training, what multiplies with a parameter that is split runs under ``shard_map`` and
 names its own: the memories, :func:`products_over_mesh`, :func:`take_rows`, the cross-entropy. Parameters lie split over
@@ -299,18 +299,44 @@ def spec_of_tokens(x: jax.Array) -> PartitionSpec:
     return spec(letters_of_tokens(x), x.shape)
 
 
+def keeps_tokens(x: jax.Array, of_token: int, of_weights: int) -> bool:
+    """Whether devices that share the widths exchange less if the tokens of x [B, T, D] stay where they lie between products.
+
+    Args:
+      of_token: arrays like x that are exchanged otherwise, forward and backward.
+      of_weights: numbers that are exchanged then, over D: three times those of the weights, which are gathered for the
+        forward and the backward pass, and whose gradients are scattered.
+    """
+    if not shares_tokens(x) or letters_of_tokens(x) == "bt":
+        return False
+    sizes = jax.sharding.get_abstract_mesh().shape
+    tokens = math.prod(x.shape[:2]) // math.prod(sizes[name] for name in mesh_axes(spec("bt")))
+    return of_token * tokens > of_weights
+
+
 def letters_of_mlp(x: jax.Array, width: int) -> str:
     """What an MLP of ``width`` calls the tokens of x [B, T, D] in equations: as between products, if that exchanges less.
 
-    Forward and backward it exchanges 9 D width numbers so: three matrices twice, and their gradients. With "bt" it gathers
-    and scatters all tokens of a data shard twice, D numbers each. Of two H200s that exchanged tokens one waited for 27 ms of
-    a step of 491 ms, and for 12 ms of 469 when they exchanged weights (docs/results).
+    With "bt" it gathers and scatters all tokens of a data shard, forward and backward; else three matrices. Of two H200s
+    that exchanged tokens one waited for 27 ms of a step of 491 ms, and for 12 ms of 469 when they exchanged weights
+    (docs/results).
     """
-    if not shares_tokens(x):
-        return "bt"
+    return letters_of_tokens(x) if keeps_tokens(x, 4, 9 * width) else "bt"
+
+
+def letters_of_memories(x: jax.Array, width: int) -> str:
+    """What the outputs of a mixture of memories, of heads of ``width`` together, call the tokens of its x [B, T, D].
+
+    "rt": the shared memory, queries, norm and gate are of the rows that a device has between products, of all heads, and
+    five matrices are gathered; only the routed memories see all rows of a data shard. "bt": all are of these rows and of
+    some heads, as where ``tensor`` splits these too, and what they give is exchanged once more, after W_o. Of two H200s that
+    did so a step of ``mom_340m`` took 472 ms, and 451 with "rt" (docs/results): no partial result of W_o, no heads to be
+    brought together from where collectives lay them, products of x with whole matrices.
+    """
     sizes = jax.sharding.get_abstract_mesh().shape
-    tokens = math.prod(x.shape[:2]) // math.prod(sizes[name] for name in mesh_axes(spec("bt")))
-    return letters_of_tokens(x) if 4 * tokens > 9 * width else "bt"
+    splits_only_memories = sizes.get("memory", 1) > 1 and sizes.get("tensor", 1) == 1
+    keeps_rows = splits_only_memories and letters_of_tokens(x) == "rt" and keeps_tokens(x, 2, 15 * width)
+    return "rt" if keeps_rows else "bt"
 
 
 def is_spread() -> bool:

@@ -340,21 +340,24 @@ def test_data_sums_gradients_once():
     assert outside < parameters["outside"] + parameters["others"] + METRICS
 
 
-@pytest.mark.parametrize("axis", ["tensor", "memory"])
-def test_widths_exchange_rows_and_the_weights_of_the_mlp(axis):
+@pytest.mark.parametrize(("axis", "rows", "keeps_rows"), [("tensor", B, False), ("memory", B, True), ("memory", 4, False)])
+def test_widths_exchange_rows_and_the_weights_of_what_keeps_them(axis, rows, keeps_rows):
     """Rows of [B, T, D] are gathered before the mixer and scattered after it, with their gradients the other way; so are the
     hidden states before the head, and the embeddings after theirs. The MLP has its own rows, and gathers its weights.
 
-    ``memory`` gathers queries and scatters outputs, too. Nothing of it is gathered twice, though remat is "dots".
+    ``memory`` gathers queries and scatters outputs, too; of many rows the rest of the mixer has its own, like the MLP, and
+    nothing is scattered after it. Nothing of it is gathered twice, though remat is "dots".
     """
-    program, activations = train_program(**{axis: 4})[0], 4 * B * LENGTH * WIDTH
-    queries, statistics = 4 * B * LENGTH * 4 * 32, 4 * 4 * 4 * B * LENGTH // 2
-    choices = [4 * B * LENGTH * 3] * 2  # memories and their weights
-    weights, of_memory = 4 * WIDTH * 96, [queries] * 2 * (axis == "memory")
+    program, activations = train_program(rows=rows, **{axis: 4})[0], 4 * rows * LENGTH * WIDTH
+    queries, statistics = 4 * rows * LENGTH * 4 * 32, 4 * 4 * 4 * rows * LENGTH // 2
+    choices = [4 * rows * LENGTH * 3] * 2  # memories and their weights
+    tokens = [activations] * (1 if keeps_rows else 2) + [queries] * 2 * (axis == "memory")
+    heads = [4 * WIDTH * 4 * 32] * 5 + [4 * WIDTH * 4] * 2  # q, gate, o, the shared k and v; the shared gates
+    weights = [4 * WIDTH * 96] * 3 + heads * keeps_rows
     gathered = sent(program, "all-gather", is_in_loop=True)
-    assert sorted(gathered) == sorted(choices + [statistics] + [activations] * 2 + of_memory + [weights] * 6)
+    assert sorted(gathered) == sorted(choices + [statistics] + tokens + 2 * weights)
     scattered = [4 * size for size in sent(program, "reduce-scatter", is_in_loop=True)]
-    assert sorted(scattered) == sorted([choices[0]] + [activations] * 2 + of_memory + [weights] * 3)
+    assert sorted(scattered) == sorted([choices[0]] + tokens + weights)
     for kind, size in (("all-gather", activations), ("reduce-scatter", activations // 4)):
         assert sent(program, kind, is_in_loop=False) == [size] * 2
     assert sum(sent(program, "all-reduce")) < 32 * 1024  # of the small parameters, and metrics
