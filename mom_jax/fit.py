@@ -107,7 +107,7 @@ def fit(
             plot_routing(loop.load, directory / "routing.png", layers=layers)
 
     if fitted.stopped_by is None:
-        on_first(draw, "drawing")
+        on_first(draw, "drawing", checkpoints.kept)
     return fitted
 
 

@@ -125,7 +125,7 @@ class MixtureOfMemories(nnx.Module):
         if x.shape[1] < SEGMENT_ALIGNMENT:
             o, new_state = self._step_through(x, routing, mask, documents, state)
         elif state is None and shares_tokens(x):
-            of_o = letters_of_memories(x, self.config.num_heads * self.config.value_head_dim)
+            of_o = letters_of_memories(x, width_outside_memories(self.config))
             o, new_state = self._run_spread(x, routing, mask, documents, of_o), None
         else:  # by the partitioner
             of_rows = (constrain(a, "bt") for a in (x, routing.memories, routing.weights))
@@ -213,7 +213,7 @@ class MixtureOfMemories(nnx.Module):
         def run(params, x, memories, weights, *arguments):
             params = gather_params(params, in_specs)
             gathered, own = (gather_tokens(a, between) for a in (x, memories, weights)), None
-            if of_o == "rt":
+            if of_o == "rt":  # the routed memories' parameters too, which nothing takes from there: XLA drops them
                 own = x, gather_params(params, in_specs, WIDTHS)
             return _run_shard(self.config, module, params, own, *gathered, *arguments)
 
@@ -265,6 +265,12 @@ class MixtureOfMemories(nnx.Module):
         return o.reshape(batch, num_tokens, *o.shape[1:]), after
 
 
+def width_outside_memories(config: ModelConfig) -> int:
+    """The widths of W_q, W_g, W_o and the shared memory's matrices, added up."""
+    k, v, shared = config.head_dim, config.value_head_dim, config.shared_memory or config.single_kv_proj
+    return config.num_heads * (k + v + v * config.use_output_gate + (k + v) * shared)
+
+
 def _run_shard(config: ModelConfig, module, params, own_rows, x, memories, weights, mask, documents):
     """One device's part of the outputs, [B, T, H / (tensor memory), V], or [B / memory, T, H, V].
 
@@ -300,8 +306,9 @@ def _run_shard(config: ModelConfig, module, params, own_rows, x, memories, weigh
     own = module(own_params, num_heads=own_heads)
     if config.single_kv_proj:
         for name in ("shared_a", "shared_b"):
-            gathered = lax.all_gather(getattr(routed.rule, name)[...], "memory", axis=1, tiled=True)
-            setattr(routed.rule, name, nnx.Param(gathered))
+            gates = getattr(own.rule, name)[...]
+            gates = gates if own_rows else lax.all_gather(gates, "memory", axis=1, tiled=True)
+            setattr(routed.rule, name, nnx.Param(gates))
     of_own_tokens = own.rule.token_streams(own_x)
     of_tokens = {
         name: checkpoint_name(lax.all_gather(stream, "memory", axis=split, tiled=True), EXCHANGED)

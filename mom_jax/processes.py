@@ -157,7 +157,7 @@ def _nowhere() -> TextIO:
     return open(os.devnull, "w", encoding="utf-8")
 
 
-def on_first[Value](function: Callable[[], Value], what: str = "the start") -> Value:
+def on_first[Value](function: Callable[[], Value], what: str = "the start", kept: Callable[[], str] | None = None) -> Value:
     """What ``function()`` gives on process 0, in every process; what it raises there is raised in every process.
 
     Meanwhile the others are :func:`waiting` for ``what``.
@@ -173,7 +173,7 @@ def on_first[Value](function: Callable[[], Value], what: str = "the start") -> V
                 outcome = pickle.dumps((None, error))
             except Exception:  # the others wait for something to be raised
                 outcome = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
-    with waiting(what):
+    with waiting(what, kept):
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcome))))
         data = np.frombuffer(outcome.ljust(size, b"\0"), np.uint8)
         value, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8).tobytes())

@@ -13,10 +13,10 @@ not divide a size leaves it whole. What JAX used to call pjit is ``jax.jit`` wit
 Whose job the collectives are: in training, what multiplies with a parameter that is split runs under ``shard_map`` and
 names its own: the memories, :func:`products_over_mesh`, :func:`take_rows`, the cross-entropy. Parameters lie split over
 ``fsdp`` along D; :func:`gather_params` makes them whole where they are used, so that on every platform their gradients
-are reduce-scattered over ``fsdp`` (the MLP's over the widths, too) and then summed over ``data``, in the dtype in which they
-were gathered. The rest is
-left to XLA's partitioner, annotated with :func:`constrain`: what has no weights or small ones, which every device has whole
-and whose gradients it all-reduces; rows that the devices cannot share; and the memories of a piece with a state.
+are reduce-scattered over ``fsdp`` (over the widths, too, of what keeps its tokens) and then summed over ``data``, in the
+dtype in which they were gathered. The rest is left to XLA's partitioner, annotated with :func:`constrain`: what has no
+weights or small ones, which every device has whole and whose gradients it all-reduces; rows that the devices cannot share;
+and the memories of a piece with a state.
 """
 
 import contextlib
@@ -325,18 +325,17 @@ def letters_of_mlp(x: jax.Array, width: int) -> str:
 
 
 def letters_of_memories(x: jax.Array, width: int) -> str:
-    """What the outputs of a mixture of memories, of heads of ``width`` together, call the tokens of its x [B, T, D].
+    """What the outputs of a mixture of memories call the tokens of its x [B, T, D] in equations.
 
     "rt": the shared memory, queries, norm and gate are of the rows that a device has between products, of all heads, and
-    five matrices are gathered; only the routed memories see all rows of a data shard. "bt": all are of these rows and of
-    some heads, as where ``tensor`` splits these too, and what they give is exchanged once more, after W_o. Of two H200s that
-    did so a step of ``mom_340m`` took 472 ms, and 451 with "rt" (docs/results): no partial result of W_o, no heads to be
-    brought together from where collectives lay them, products of x with whole matrices.
+    their matrices, of ``width`` together, are gathered; only the routed memories see all rows of a data shard. "bt": all are
+    of these rows and of some heads, as where ``tensor`` splits these too, and what they give is exchanged once more, after
+    W_o. Of two H200s that did so a step of ``mom_340m`` took 472 ms, and 451 with "rt" (docs/results): no partial result of
+    W_o, no heads to be brought together from where collectives lay them, products of x with whole matrices.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
-    splits_only_memories = sizes.get("memory", 1) > 1 and sizes.get("tensor", 1) == 1
-    keeps_rows = splits_only_memories and letters_of_tokens(x) == "rt" and keeps_tokens(x, 2, 15 * width)
-    return "rt" if keeps_rows else "bt"
+    is_by_memories = sizes["memory"] > 1 and sizes["tensor"] == 1 and letters_of_tokens(x) == "rt"
+    return "rt" if is_by_memories and keeps_tokens(x, 2, 3 * width) else "bt"
 
 
 def is_spread() -> bool:

@@ -15,6 +15,7 @@ from jaxprs import equations
 from models import KINDS, draw_params, small
 from numerics import LIMITS, assert_close, relative_l2
 
+from mom_jax import sharding
 from mom_jax.config import AttentionConfig, MeshConfig, TrainConfig
 from mom_jax.generation import generate
 from mom_jax.layers import Product, cast_weights, einsums
@@ -157,6 +158,19 @@ def on_mesh(name, mesh, dtype="float32"):
 )  # fmt: skip
 def test_a_mesh_gives_the_gradients_and_metrics_of_one_device(name, mesh):
     assert_close(on_mesh(name, mesh), on_one_device(name), LIMITS["float32"])
+
+
+@pytest.mark.parametrize(
+    "name_and_mesh", ["mom memory", "packed two", "packed rows", "not_shared memory", "single_kv long", "hybrid long"]
+)
+def test_so_does_a_mesh_whose_devices_keep_their_rows(name_and_mesh, monkeypatch):
+    """All but the routed memories on a device's own rows, as of models with fewer weights than tokens, larger than these."""
+    name, mesh = name_and_mesh.split()
+    expected, (config, *_, batch) = on_one_device(name), case(name)
+    monkeypatch.setattr(sharding, "keeps_tokens", lambda x, *_: sharding.shares_tokens(x))
+    with use_mesh(make_mesh(MeshConfig(**MESHES[mesh]), config)):
+        assert sharding.letters_of_memories(batch["tokens"], 0) == "rt"
+    assert_close(on_mesh(name, mesh), expected, LIMITS["float32"])
 
 
 def test_bfloat16_errs_on_a_mesh_as_on_one_device():

@@ -138,10 +138,10 @@ def test_recurrences_compile(kind, call):
     compile_for(kind, *op_with_gradients(*call))
 
 
-def model_gradient(config):
+def model_gradient(config, rows=2):
     """The gradient of a model's loss, and its arguments' shapes."""
     params, variables = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((2, 128), "int32"))
+    batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((rows, 128), "int32"))
 
     def gradient(params, variables, batch):
         return jax.grad(lambda p: loss_and_metrics(bind(config, p, variables), batch, 128), has_aux=True)(params)
@@ -180,12 +180,15 @@ def test_model_uses_the_kernels(remat, implementation):
     assert kernels(lower(gradient, *arguments)) == expected
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "memory", "sequence"])
-def test_several_devices_use_the_kernels(axis):
-    """Each on what it has: with split memories the routed ones and its part of the shared one, two runs of all. With split
-    tokens a pass that only follows the states comes first, and the gradients of states are scanned twice. With a split
-    vocabulary the cross-entropy's is cut in two where the devices tell each other of their parts."""
-    gradient, arguments = model_gradient(small(num_layers=1, vocab_size=64))
+@pytest.mark.parametrize(
+    ("axis", "rows"), [("data", 2), ("fsdp", 2), ("tensor", 2), ("memory", 2), ("memory", 8), ("sequence", 2)]
+)
+def test_several_devices_use_the_kernels(axis, rows):
+    """Each on what it has: with split memories the routed ones and its part of the shared one, of the heads or, if they are
+    many, of the rows: two runs of all. With split tokens a pass that only follows the states comes first, and the gradients
+    of states are scanned twice. With a split vocabulary the cross-entropy's is cut in two where the devices tell each other
+    of their parts."""
+    gradient, arguments = model_gradient(small(num_layers=1, vocab_size=64), rows)
     whole, found = kernels(lower(gradient, *arguments)), kernels(lower(gradient, *arguments, **{axis: 2}))
     if axis in ("tensor", "memory"):
         del whole["softmax_rows"]
