@@ -307,7 +307,7 @@ def keeps_tokens(x: jax.Array, of_token: int, of_weights: int) -> bool:
       of_weights: numbers that are exchanged then, over D: three times those of the weights, which are gathered for the
         forward and the backward pass, and whose gradients are scattered.
     """
-    if not shares_tokens(x) or letters_of_tokens(x) == "bt":
+    if not shares_tokens(x):
         return False
     sizes = jax.sharding.get_abstract_mesh().shape
     tokens = math.prod(x.shape[:2]) // math.prod(sizes[name] for name in mesh_axes(spec("bt")))
